@@ -1,0 +1,194 @@
+"""A drop-in replacement for `segment.analytics` whose events are never lost.
+
+::
+
+    import segment_durable as analytics
+
+    analytics.write_key = "YOUR_WRITE_KEY"
+    analytics.track("f4ca124298", "Signed Up", {"plan": "Enterprise"})
+
+Every setting of `Client` can be set on the module before the first call.  Importing this starts nothing and loads
+nothing heavy: the client, and what it needs, are loaded at first use.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+from segment_durable.config import DEFAULTS
+from segment_durable.errors import (
+    ConfigError,
+    DeliveryError,
+    EventsExpired,
+    InvalidMessage,
+    MessageTooLarge,
+    NotAnOutbox,
+    OutboxBusy,
+    OutboxError,
+    OutboxFull,
+    OutboxUnavailable,
+    SegmentDurableError,
+    SourceMismatch,
+    StorageError,
+)
+from segment_durable.records import OutboxStats
+from segment_durable.version import VERSION
+
+__all__ = [
+    "VERSION",
+    "Client",
+    "ConfigError",
+    "DeliveryError",
+    "EventsExpired",
+    "InvalidMessage",
+    "MessageTooLarge",
+    "NotAnOutbox",
+    "OutboxBusy",
+    "OutboxError",
+    "OutboxFull",
+    "OutboxStats",
+    "OutboxUnavailable",
+    "SegmentDurableError",
+    "SourceMismatch",
+    "StorageError",
+    "alias",
+    "flush",
+    "group",
+    "identify",
+    "join",
+    "page",
+    "screen",
+    "shutdown",
+    "stats",
+    "track",
+]
+
+__version__ = VERSION
+
+default_client: Client | None = None
+"""The client behind the calls of this module, made at the first of them; set it to None to have it made anew."""
+
+_lock = threading.Lock()
+
+if TYPE_CHECKING:
+    import logging
+    import os
+    from collections.abc import Callable, Mapping
+
+    from segment_durable.client import Client
+
+    write_key: str | None
+    host: str | None
+    debug: bool
+    max_queue_size: int
+    send: bool
+    on_error: Callable[[Exception, list[dict[str, Any]]], object] | None
+    gzip: bool
+    max_retries: int
+    sync_mode: bool
+    timeout: float
+    proxies: Mapping[str, str] | None
+    thread: int
+    upload_size: int
+    upload_interval: float
+    log_handler: logging.Handler | None
+    oauth_client_id: str | None
+    oauth_client_key: str | bytes | os.PathLike[str] | None
+    oauth_key_id: str | None
+    oauth_auth_server: str
+    oauth_scope: str
+    max_total_backoff_duration: float
+    max_rate_limit_duration: float
+    outbox_dir: str | os.PathLike[str] | None
+    deliver: bool
+    synchronous: str
+    lease_seconds: float
+    shutdown_timeout: float
+    max_age: float | None
+    max_dead_letters: int
+    on_success: Callable[[list[dict[str, Any]]], object] | None
+    before_send: Callable[[dict[str, Any]], dict[str, Any] | None] | None
+
+    # The calls have the signatures of the client's methods.
+    _client = Client()
+    identify = _client.identify
+    track = _client.track
+    alias = _client.alias
+    group = _client.group
+    page = _client.page
+    screen = _client.screen
+    flush = _client.flush
+    join = _client.join
+    shutdown = _client.shutdown
+    stats = _client.stats
+else:
+    globals().update(DEFAULTS)
+
+    def identify(*args, **kwargs):
+        """Tie a user to their traits; see `Client.identify`."""
+        return _default_client().identify(*args, **kwargs)
+
+    def track(*args, **kwargs):
+        """Record what a user did; see `Client.track`."""
+        return _default_client().track(*args, **kwargs)
+
+    def alias(*args, **kwargs):
+        """Say that two ids are the same user; see `Client.alias`."""
+        return _default_client().alias(*args, **kwargs)
+
+    def group(*args, **kwargs):
+        """Tie a user to a group; see `Client.group`."""
+        return _default_client().group(*args, **kwargs)
+
+    def page(*args, **kwargs):
+        """Record that a user saw a page; see `Client.page`."""
+        return _default_client().page(*args, **kwargs)
+
+    def screen(*args, **kwargs):
+        """Record that a user saw a screen; see `Client.screen`."""
+        return _default_client().screen(*args, **kwargs)
+
+    def flush(*args, **kwargs):
+        """Deliver what is pending; see `Client.flush`."""
+        return _default_client().flush(*args, **kwargs)
+
+    def join():
+        """End the sender; see `Client.join`."""
+        if default_client is not None:
+            default_client.join()
+
+    def shutdown(*args, **kwargs):
+        """Flush, end the sender, close the files; see `Client.shutdown`."""
+        return True if default_client is None else default_client.shutdown(*args, **kwargs)
+
+    def stats():
+        """The outbox as it is now; see `Client.stats`."""
+        return _default_client().stats()
+
+
+def _default_client() -> Client:
+    global default_client
+    client = default_client
+    if client is not None:
+        return client
+    from segment_durable.client import Client
+
+    with _lock:
+        if default_client is None:
+            settings = globals()
+            default_client = Client(**{name: settings[name] for name in DEFAULTS})
+        return default_client
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Client":
+        from segment_durable.client import Client
+
+        globals()["Client"] = Client
+        return Client
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,316 @@
+"""The client: the calls of `segment.analytics`, each thin, over a shared engine."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from datetime import datetime, timezone
+from os import getpid
+from time import time
+from types import TracebackType
+from typing import Any
+
+from segment_durable import engine as engines
+from segment_durable.clock import SystemClock
+from segment_durable.config import DEFAULTS, Config
+from segment_durable.encoding import plain
+from segment_durable.errors import OutboxError
+from segment_durable.limiter import Limiter
+from segment_durable.message import compose, encode_message
+from segment_durable.records import OutboxStats
+
+__all__ = ["Client"]
+
+log = logging.getLogger("segment.durable.client")
+
+Result = tuple[bool, dict[str, Any]]
+Identifier = Any  # a str, a number or a UUID; checked at run time
+
+
+class Client:
+    """Takes events into the outbox of one source and has them delivered.
+
+    The settings are those of segment-analytics-python's `Client`, in its order, and some more; `docs/settings.md`
+    describes each.  Raises `ConfigError` for a wrong setting and `OutboxUnavailable`, `NotAnOutbox` or
+    `SourceMismatch` if the outbox can't be used.
+
+    The calls return `(accepted, message)`.  `accepted` is True once the message is committed to the outbox; it is
+    False, with nothing stored, if `max_queue_size` events are waiting or the disk refuses the write.  They raise
+    `InvalidMessage` for a wrong argument and `MessageTooLarge` for a message over 32 KiB, and nothing else.
+
+    A client may be used from all threads, and on both sides of a fork.  Clients of a process that use the same outbox
+    share its connection and its sender.
+    """
+
+    def __init__(
+        self,
+        write_key: str | None = None,
+        host: str | None = None,
+        debug: bool = DEFAULTS["debug"],
+        max_queue_size: int = DEFAULTS["max_queue_size"],
+        send: bool = DEFAULTS["send"],
+        on_error: Callable[[Exception, list[dict[str, Any]]], object] | None = None,
+        gzip: bool = DEFAULTS["gzip"],
+        max_retries: int = DEFAULTS["max_retries"],
+        sync_mode: bool = DEFAULTS["sync_mode"],
+        timeout: float = DEFAULTS["timeout"],
+        proxies: Mapping[str, str] | None = None,
+        thread: int = DEFAULTS["thread"],
+        upload_size: int = DEFAULTS["upload_size"],
+        upload_interval: float = DEFAULTS["upload_interval"],
+        log_handler: logging.Handler | None = None,
+        oauth_client_id: str | None = None,
+        oauth_client_key: str | bytes | os.PathLike[str] | None = None,
+        oauth_key_id: str | None = None,
+        oauth_auth_server: str = DEFAULTS["oauth_auth_server"],
+        oauth_scope: str = DEFAULTS["oauth_scope"],
+        max_total_backoff_duration: float = DEFAULTS["max_total_backoff_duration"],
+        max_rate_limit_duration: float = DEFAULTS["max_rate_limit_duration"],
+        *,
+        outbox_dir: str | os.PathLike[str] | None = None,
+        deliver: bool = DEFAULTS["deliver"],
+        synchronous: str = DEFAULTS["synchronous"],
+        lease_seconds: float = DEFAULTS["lease_seconds"],
+        shutdown_timeout: float = DEFAULTS["shutdown_timeout"],
+        max_age: float | None = None,
+        max_dead_letters: int = DEFAULTS["max_dead_letters"],
+        on_success: Callable[[list[dict[str, Any]]], object] | None = None,
+        before_send: Callable[[dict[str, Any]], dict[str, Any] | None] | None = None,
+    ) -> None:
+        settings = {name: value for name, value in locals().items() if name in DEFAULTS}
+        self._config = config = Config(**settings)
+        self._member = engines.Member(config)
+        self._engine: engines.Engine | None = None
+        self._trouble = Limiter(1.0, SystemClock())
+        segment_log = logging.getLogger("segment")
+        if config.log_handler is not None:
+            segment_log.addHandler(config.log_handler)
+        if config.debug:
+            segment_log.setLevel(logging.DEBUG)
+        if config.send:
+            engine = self._attach()
+            if self._delivers and engine.outbox.first_id() is not None:
+                engine.sender.start()  # what an earlier process left
+
+    def identify(
+        self,
+        user_id: Identifier = None,
+        traits: dict[Any, Any] | None = None,
+        context: dict[Any, Any] | None = None,
+        timestamp: datetime | None = None,
+        anonymous_id: Identifier = None,
+        integrations: dict[Any, Any] | None = None,
+        message_id: Identifier = None,
+    ) -> Result:
+        """Tie a user to their traits."""
+        return self._enqueue("identify", (traits,), user_id, anonymous_id, context, timestamp, integrations, message_id)
+
+    def track(
+        self,
+        user_id: Identifier = None,
+        event: str | None = None,
+        properties: dict[Any, Any] | None = None,
+        context: dict[Any, Any] | None = None,
+        timestamp: datetime | None = None,
+        anonymous_id: Identifier = None,
+        integrations: dict[Any, Any] | None = None,
+        message_id: Identifier = None,
+    ) -> Result:
+        """Record what a user did."""
+        return self._enqueue(
+            "track", (event, properties), user_id, anonymous_id, context, timestamp, integrations, message_id
+        )
+
+    def alias(
+        self,
+        previous_id: Identifier = None,
+        user_id: Identifier = None,
+        context: dict[Any, Any] | None = None,
+        timestamp: datetime | None = None,
+        integrations: dict[Any, Any] | None = None,
+        message_id: Identifier = None,
+    ) -> Result:
+        """Say that two ids are the same user."""
+        return self._enqueue("alias", (previous_id,), user_id, None, context, timestamp, integrations, message_id)
+
+    def group(
+        self,
+        user_id: Identifier = None,
+        group_id: Identifier = None,
+        traits: dict[Any, Any] | None = None,
+        context: dict[Any, Any] | None = None,
+        timestamp: datetime | None = None,
+        anonymous_id: Identifier = None,
+        integrations: dict[Any, Any] | None = None,
+        message_id: Identifier = None,
+    ) -> Result:
+        """Tie a user to a group, and the group to its traits."""
+        return self._enqueue(
+            "group", (group_id, traits), user_id, anonymous_id, context, timestamp, integrations, message_id
+        )
+
+    def page(
+        self,
+        user_id: Identifier = None,
+        category: str | None = None,
+        name: str | None = None,
+        properties: dict[Any, Any] | None = None,
+        context: dict[Any, Any] | None = None,
+        timestamp: datetime | None = None,
+        anonymous_id: Identifier = None,
+        integrations: dict[Any, Any] | None = None,
+        message_id: Identifier = None,
+    ) -> Result:
+        """Record that a user saw a page."""
+        return self._enqueue(
+            "page", (category, name, properties), user_id, anonymous_id, context, timestamp, integrations, message_id
+        )
+
+    def screen(
+        self,
+        user_id: Identifier = None,
+        category: str | None = None,
+        name: str | None = None,
+        properties: dict[Any, Any] | None = None,
+        context: dict[Any, Any] | None = None,
+        timestamp: datetime | None = None,
+        anonymous_id: Identifier = None,
+        integrations: dict[Any, Any] | None = None,
+        message_id: Identifier = None,
+    ) -> Result:
+        """Record that a user saw a screen of an app."""
+        return self._enqueue(
+            "screen", (category, name, properties), user_id, anonymous_id, context, timestamp, integrations, message_id
+        )
+
+    def flush(self, timeout: float | None = None) -> bool:
+        """Deliver what is pending now; True if all of it has left the outbox.
+
+        `timeout`: seconds to wait for that.  `None` waits until it is done or the retry budget of a batch is used up
+        (`max_retries`, `max_total_backoff_duration`, `max_rate_limit_duration`).  With `deliver=False` the events are
+        another process's to deliver: `None` does not wait for that, a number does.  With `send=False` it is True.
+        """
+        if not self._config.send:
+            return True
+        try:
+            engine = self._live()
+            if self._delivers:
+                return engine.sender.flush(timeout)
+            target = engine.outbox.last_id()
+            if self._config.deliver:  # sync_mode
+                return engine.sender.drain(target, None if timeout is None else engine.clock.boot() + timeout)
+            return engine.sender.wait_for_others(target, timeout or 0.0)
+        except OutboxError as problem:
+            log.error("flush: %s", problem)
+            return False
+
+    def join(self) -> None:
+        """End the sender once the upload that it is at is over; does not flush.  A later call starts it again."""
+        if self._engine is not None:
+            self._engine.sender.stop(None, _nothing)
+
+    def shutdown(self, timeout: float | None = None) -> bool:
+        """Flush, end the sender and close the files; True if all that was pending has left the outbox.
+
+        `timeout`: seconds for all of that; what is left then stays on disk and goes out at the next start.  `None`
+        as for `flush`.  May be called again; a later call of another method opens everything again.
+        """
+        engine = self._engine
+        if engine is None or engine.pid != getpid():
+            return True
+        end = None if timeout is None else engine.clock.boot() + timeout
+        flushed = self.flush(timeout)
+        self._engine = None
+        remaining = None if end is None else max(0.0, end - engine.clock.boot())
+        engines.detach(engine, self._member, remaining if flushed or end is not None else 0.0)
+        return flushed
+
+    def stats(self) -> OutboxStats:
+        """The outbox as it is now, for all processes on it.  Raises `OutboxError` if it can't be read."""
+        return self._live().outbox.stats()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.shutdown()
+
+    @property
+    def _delivers(self) -> bool:
+        """Whether a sender thread delivers for this client."""
+        return self._config.deliver and self._config.send and not self._config.sync_mode
+
+    def _attach(self) -> engines.Engine:
+        self._engine = engine = engines.attach(self._member)
+        return engine
+
+    def _live(self) -> engines.Engine:
+        engine = self._engine
+        if engine is None or engine.pid != getpid():
+            return self._attach()
+        return engine
+
+    def _enqueue(
+        self,
+        kind: str,
+        values: tuple[Any, ...],
+        user_id: Identifier,
+        anonymous_id: Identifier,
+        context: dict[Any, Any] | None,
+        timestamp: datetime | None,
+        integrations: dict[Any, Any] | None,
+        message_id: Identifier,
+    ) -> Result:
+        seconds = time()
+        now = datetime.fromtimestamp(seconds, timezone.utc)
+        message = compose(kind, values, user_id, anonymous_id, context, timestamp, integrations, message_id, now)
+        config = self._config
+        if config.before_send is not None:
+            chosen = self._before_send(message)
+            if chosen is None:
+                return False, message
+            message = chosen
+        body = encode_message(message)
+        if not config.send:
+            return True, message
+        engine = self._engine
+        try:
+            if engine is None or engine.pid != getpid():
+                engine = self._attach()
+            while (accepted := engine.put(body, int(seconds * 1000), message, config)) is None:
+                engine = self._attach()  # another thread has just shut down what this one was about to use
+        except OutboxError as problem:
+            self._unattached(problem, message)
+            return False, message
+        if not accepted:
+            return False, message
+        log.debug("enqueued %s %s", kind, message["messageId"])
+        if config.sync_mode and config.deliver:
+            engine.deliver_now()
+        elif config.deliver:
+            engine.sender.appended()
+        return True, message
+
+    def _unattached(self, problem: OutboxError, message: dict[str, Any]) -> None:
+        """The outbox was fine at construction and can't be opened again now, in a forked child or after a shutdown."""
+        times = self._trouble.tick()
+        if times:
+            log.error("the outbox can't be opened (%d times): %s", times, problem)
+            if self._config.on_error is not None:
+                engines.call(self._config.on_error, "on_error", problem, [message])
+
+    def _before_send(self, message: dict[str, Any]) -> dict[str, Any] | None:
+        """What the user's hook makes of a copy of the message; the message itself if the hook fails."""
+        assert self._config.before_send is not None
+        try:
+            return self._config.before_send(plain(message))
+        except Exception:
+            log.exception("before_send raised; the message is taken as it was")
+            return message
+
+
+def _nothing() -> None:
+    pass

@@ -1,0 +1,61 @@
+"""Time: the wall clock for people, the boot clock for deadlines, and a wait that can be interrupted."""
+
+from __future__ import annotations
+
+import threading
+import time
+from datetime import datetime, timezone
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol
+
+__all__ = ["Clock", "SystemClock", "utc_timestamp"]
+
+# CLOCK_BOOTTIME goes on while the machine sleeps, which CLOCK_MONOTONIC does not on Linux: a Retry-After of an hour
+# is over after an hour, whether or not the lid was shut.
+_BOOT_CLOCK = getattr(time, "CLOCK_BOOTTIME", None)
+
+
+class Clock(Protocol):
+    """What the package asks of time; `segment_durable.testing.FakeClock` is the other implementation."""
+
+    def time(self) -> float:
+        """Seconds since 1970 by the wall clock, which may jump."""
+
+    def boot(self) -> float:
+        """Seconds since this machine started, the same for all of its processes; never jumps."""
+
+    def boot_id(self) -> str:
+        """A name of this start of the machine, or "" where the system has none."""
+
+    def wait(self, event: threading.Event, seconds: float) -> bool:
+        """Wait until `event` is set, at most `seconds`; whether it is set."""
+
+
+class SystemClock:
+    """The clocks of the operating system."""
+
+    def time(self) -> float:
+        return time.time()
+
+    def boot(self) -> float:
+        return time.monotonic() if _BOOT_CLOCK is None else time.clock_gettime(_BOOT_CLOCK)
+
+    def boot_id(self) -> str:
+        return _boot_id()
+
+    def wait(self, event: threading.Event, seconds: float) -> bool:
+        return event.wait(seconds)
+
+
+@lru_cache(maxsize=1)
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+    except OSError:
+        return ""
+
+
+def utc_timestamp(seconds: float) -> str:
+    """ISO 8601 in UTC to the millisecond, as Segment's `sentAt` has it; `seconds` since 1970."""
+    return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="milliseconds")

@@ -1,0 +1,201 @@
+"""The settings: their names, defaults and validation have this one home."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from segment_durable.errors import ConfigError, OutboxUnavailable
+
+__all__ = ["DEFAULTS", "DEFAULT_HOST", "Config", "default_outbox_dir"]
+
+DEFAULT_HOST = "https://api.segment.io"
+ENVIRONMENT_DIR = "SEGMENT_DURABLE_DIR"
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting of a client, checked.  `docs/settings.md` says what each one does, with its unit."""
+
+    write_key: str | None = field(default=None, repr=False)
+    host: str | None = None
+    debug: bool = False
+    max_queue_size: int = 10_000
+    send: bool = True
+    on_error: Callable[[Exception, list[Message]], object] | None = None
+    gzip: bool = False
+    max_retries: int = 10
+    sync_mode: bool = False
+    timeout: float = 15
+    proxies: Mapping[str, str] | None = field(default=None, repr=False)
+    thread: int = 1
+    upload_size: int = 100
+    upload_interval: float = 0.5
+    log_handler: logging.Handler | None = None
+    oauth_client_id: str | None = None
+    oauth_client_key: str | bytes | os.PathLike[str] | None = field(default=None, repr=False)
+    oauth_key_id: str | None = None
+    oauth_auth_server: str = "https://oauth2.segment.io"
+    oauth_scope: str = "tracking_api:write"
+    max_total_backoff_duration: float = 43_200
+    max_rate_limit_duration: float = 1_800
+    outbox_dir: str | os.PathLike[str] | None = None
+    deliver: bool = True
+    synchronous: str = "NORMAL"
+    lease_seconds: float = 60
+    shutdown_timeout: float = 5.0
+    max_age: float | None = None
+    max_dead_letters: int = 10_000
+    on_success: Callable[[list[Message]], object] | None = None
+    before_send: Callable[[Message], Message | None] | None = None
+
+    def __post_init__(self) -> None:
+        self._check_write_key()
+        object.__setattr__(self, "host", _url("host", self.host or DEFAULT_HOST))
+        object.__setattr__(self, "oauth_auth_server", _url("oauth_auth_server", self.oauth_auth_server))
+        for name in ("debug", "send", "gzip", "sync_mode", "deliver"):
+            object.__setattr__(self, name, _flag(name, getattr(self, name)))
+        for name, least in (("max_queue_size", 0), ("max_retries", 0), ("thread", 1), ("upload_size", 1)):
+            _whole(name, getattr(self, name), least)
+        _whole("max_dead_letters", self.max_dead_letters, 0)
+        for name in ("upload_interval", "max_total_backoff_duration", "max_rate_limit_duration", "shutdown_timeout"):
+            _seconds(name, getattr(self, name), zero=True)
+        for name in ("timeout", "lease_seconds"):
+            _seconds(name, getattr(self, name), zero=False)
+        if self.max_age is not None:
+            _seconds("max_age", self.max_age, zero=False)
+        for name in ("on_error", "on_success", "before_send"):
+            if getattr(self, name) is not None and not callable(getattr(self, name)):
+                raise ConfigError(name, f"must be callable or None, not {_kind(getattr(self, name))}")
+        self._check_synchronous()
+        self._check_proxies()
+        self._check_oauth()
+        if self.log_handler is not None and not isinstance(self.log_handler, logging.Handler):
+            raise ConfigError("log_handler", f"must be a logging.Handler or None, not {_kind(self.log_handler)}")
+        if self.outbox_dir is not None and not isinstance(self.outbox_dir, (str, os.PathLike)):
+            raise ConfigError("outbox_dir", f"must be a path or None, not {_kind(self.outbox_dir)}")
+
+    @property
+    def uses_oauth(self) -> bool:
+        return self.oauth_client_id is not None
+
+    @property
+    def lease(self) -> float:
+        """Seconds that one lease lasts: long enough for one slow upload with its token request and its second try."""
+        return max(float(self.lease_seconds), 4.0 * self.timeout)
+
+    def outbox_path(self) -> Path:
+        """The folder of this source's outbox, absolute.  Raises `OutboxUnavailable` if the user has no home."""
+        assert self.write_key is not None
+        if self.outbox_dir is not None:
+            return Path(os.path.abspath(os.path.expanduser(self.outbox_dir)))
+        return default_outbox_dir(self.write_key)
+
+    def _check_write_key(self) -> None:
+        key = self.write_key
+        if not isinstance(key, str):
+            raise ConfigError("write_key", f"must be a str, not {_kind(key)}: set it to your source's write key")
+        if not key.strip() or not key.isascii() or not key.isprintable() or ":" in key:
+            raise ConfigError("write_key", "must be your source's write key: plain ASCII, not empty, without a colon")
+
+    def _check_synchronous(self) -> None:
+        value = self.synchronous
+        if not isinstance(value, str) or value.upper() not in ("NORMAL", "FULL"):
+            raise ConfigError("synchronous", 'must be "NORMAL" or "FULL"')
+        object.__setattr__(self, "synchronous", value.upper())
+
+    def _check_proxies(self) -> None:
+        if self.proxies is None:
+            return
+        if not isinstance(self.proxies, Mapping) or not all(
+            isinstance(text, str) for pair in self.proxies.items() for text in pair
+        ):
+            raise ConfigError("proxies", 'must map schemes to URLs, such as {"https": "http://proxy:3128"}')
+
+    def _check_oauth(self) -> None:
+        parts = {name: getattr(self, name) for name in ("oauth_client_id", "oauth_client_key", "oauth_key_id")}
+        missing = [name for name, value in parts.items() if value is None or value in ("", b"")]
+        if missing and len(missing) < len(parts):
+            raise ConfigError(missing[0], f"is missing: OAuth needs {', '.join(parts)}, all or none of them")
+        if missing:
+            for name in parts:
+                object.__setattr__(self, name, None)
+            return
+        for name in ("oauth_client_id", "oauth_key_id"):
+            if not isinstance(parts[name], str):
+                raise ConfigError(name, f"must be a str, not {_kind(parts[name])}")
+        if not isinstance(parts["oauth_client_key"], (str, bytes, os.PathLike)):
+            raise ConfigError("oauth_client_key", "must be the private key as PEM text or bytes, or a path to it")
+
+
+DEFAULTS: dict[str, Any] = {each.name: each.default for each in fields(Config)}
+
+
+def default_outbox_dir(write_key: str) -> Path:
+    """Where a source's outbox is if `outbox_dir` is not set.
+
+    `$SEGMENT_DURABLE_DIR/<source>` if that is set, else `<user state folder>/segment-durable/<source>`; `<source>` is
+    made from a digest of the write key, which can't be turned back into it.
+    """
+    import platformdirs
+
+    source = hashlib.sha256(b"segment-durable source\0" + write_key.encode()).hexdigest()[:16]
+    base = os.environ.get(ENVIRONMENT_DIR)
+    if not base:
+        base = platformdirs.user_state_dir("segment-durable", appauthor=False)
+        if not os.path.isabs(base):  # "~" was not expanded: no HOME and no entry in the user database
+            raise OutboxUnavailable(
+                base, f"this user has no home folder: set outbox_dir, or {ENVIRONMENT_DIR}, to a folder on a local disk"
+            )
+    return Path(os.path.abspath(os.path.expanduser(base))) / source
+
+
+def _kind(value: object) -> str:
+    return type(value).__name__
+
+
+def _url(name: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise ConfigError(name, f"must be a URL such as {DEFAULT_HOST}, not {_kind(value)}")
+    text = value.strip()
+    if "://" not in text:
+        text = f"https://{text}"  # the user guide names hosts without a scheme
+    try:
+        parts = urlsplit(text)
+        port = parts.port
+    except ValueError:
+        raise ConfigError(name, f"is not a URL: use one such as {DEFAULT_HOST}") from None
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0 or any(c.isspace() for c in text):
+        raise ConfigError(name, f"must be an http or https URL such as {DEFAULT_HOST}")
+    if parts.query or parts.fragment or parts.username or parts.password:
+        raise ConfigError(name, f"must have no user, query or fragment: use one such as {DEFAULT_HOST}")
+    return text.rstrip("/")
+
+
+def _flag(name: str, value: object) -> bool:
+    if isinstance(value, bool) or (isinstance(value, int) and value in (0, 1)):
+        return bool(value)
+    raise ConfigError(name, f"must be True or False, not {_kind(value)}")
+
+
+def _whole(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**62:
+        hint = "; 0 means no limit" if name == "max_queue_size" else ""
+        raise ConfigError(name, f"must be a whole number of at least {least}{hint}")
+
+
+def _seconds(name: str, value: object, *, zero: bool) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value < 0 or (value == 0 and not zero):  # type: ignore[arg-type, operator]
+        # "non-negative number" is how upstream words it for the two durations.
+        rule = "must be a non-negative number" if zero else "must be a number above 0"
+        raise ConfigError(name, f"{rule} of seconds, not {_kind(value) if not number else value}")

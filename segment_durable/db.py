@@ -1,0 +1,290 @@
+"""The SQLite database of an outbox: transactions under the writer lock, syncs and checkpoints.
+
+One connection for each process and outbox, used under the lock file's mutex, so that it never crosses threads without
+a lock and threads can commit together.  Nothing here knows what an event is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from segment_durable.database_file import (
+    DATABASE_NAME,
+    PAGE_SIZE,
+    WAL_LIMIT_BYTES,
+    connect,
+    make_folder,
+    roll_back,
+    storage_error,
+    sync_file,
+    unavailable,
+)
+from segment_durable.errors import OutboxBusy, OutboxError, StorageError
+from segment_durable.locks import LockFile
+
+__all__ = ["LOCK_NAME", "Database"]
+
+LOCK_NAME = "outbox.lock"
+# After that many bytes of frames written by this process a checkpoint is due.  A checkpoint costs 6 to 15 ms, most of
+# it in fsync, and the writers wait for it.
+CHECKPOINT_BYTES = 8 << 20
+# Where nobody makes the due checkpoints (no thread could be started), writers make them themselves after this.
+OVERDUE_BYTES = WAL_LIMIT_BYTES // 2
+FRAME_HEADER_BYTES = 24
+WRITE_TIMEOUT = 5.0  # seconds that a write waits for other writers
+
+
+class Database:
+    """The database in `folder`, created if there is none.
+
+    `full`: sync at each commit (`PRAGMA synchronous=FULL`).  Raises `OutboxUnavailable` or `NotAnOutbox` if it can't
+    be opened; later trouble is a `StorageError` or an `OutboxBusy`.
+    """
+
+    def __init__(self, folder: Path, *, full: bool = False) -> None:
+        self.folder = folder
+        self.path = folder / DATABASE_NAME
+        self._wal_path = folder / f"{DATABASE_NAME}-wal"
+        self._full = full
+        self._closed = False
+        self._connection: sqlite3.Connection | None = None
+        self._unsynced = False
+        self._unchecked_bytes = 0
+        self.on_written: Callable[[], None] = _nothing
+        make_folder(folder)
+        try:
+            self.lock = LockFile.open(folder / LOCK_NAME)
+        except OSError as problem:
+            raise unavailable(folder, problem) from problem
+        try:
+            with self._writer():
+                self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    # -- transactions
+
+    @contextlib.contextmanager
+    def write(self) -> Iterator[sqlite3.Connection]:
+        """One transaction of the only writer; rolled back if the block raises.  It may not be nested."""
+        with self._writer() as connection, _translated():
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield connection
+                connection.execute("COMMIT")
+            except BaseException:
+                roll_back(connection)
+                raise
+            self._wrote(4 * PAGE_SIZE)
+
+    def write_one(self, statement: str, parameters: tuple[Any, ...], size: int) -> int:
+        """One statement in a transaction of its own, which is what a put is; how many rows it changed.
+
+        `size`: about how many bytes it writes.  It may be called within another call by the same thread (a signal
+        handler), as long as that has no transaction open.
+        """
+        lock = self.lock
+        lock.acquire(WRITE_TIMEOUT)
+        try:
+            connection = self._connection or self._open()
+            if connection.in_transaction:
+                raise OutboxBusy("the call was made by a signal handler or a finalizer while its thread was writing")
+            changed = connection.execute(statement, parameters).rowcount
+        except sqlite3.Error as problem:
+            if self._connection is not None:
+                roll_back(self._connection)
+            raise storage_error(problem) from problem
+        finally:
+            lock.release()
+        self._wrote(size)
+        return changed
+
+    @contextlib.contextmanager
+    def read(self) -> Iterator[sqlite3.Connection]:
+        """One consistent view; blocks the other threads of this process, not the other processes."""
+        mutex = self.lock.mutex
+        if not mutex.acquire(timeout=WRITE_TIMEOUT):
+            raise StorageError("the outbox is in use by another thread", "SQLITE_BUSY")
+        try:
+            with _translated():
+                connection = self._connection or self._open()
+                outermost = not connection.in_transaction
+                if outermost:
+                    connection.execute("BEGIN")
+                try:
+                    yield connection
+                finally:
+                    if outermost:
+                        roll_back(connection)
+        finally:
+            mutex.release()
+
+    # -- upkeep
+
+    @property
+    def is_unsynced(self) -> bool:
+        """Whether a commit may not have reached the disk yet: always False with `full`."""
+        return self._unsynced
+
+    @property
+    def needs_checkpoint(self) -> bool:
+        return self._unchecked_bytes >= CHECKPOINT_BYTES
+
+    def sync(self) -> None:
+        """Bring all commits so far to the disk.
+
+        With `synchronous=NORMAL` SQLite syncs the WAL at checkpoints only; the call bounds what a power cut takes.
+        SQLite keeps no locks on the WAL file, so opening and closing it here breaks none.
+        """
+        self._unsynced = False
+        try:
+            fd = os.open(self._wal_path, os.O_RDWR | getattr(os, "O_CLOEXEC", 0))
+        except FileNotFoundError:
+            return  # a checkpoint has moved everything into the database and synced that
+        except OSError as problem:
+            self._unsynced = True
+            raise StorageError(f"the outbox can't be synced: {problem.strerror}", "SQLITE_IOERR") from problem
+        try:
+            sync_file(fd)
+        except OSError as problem:
+            self._unsynced = True
+            raise StorageError(f"the outbox can't be synced: {problem.strerror}", "SQLITE_IOERR") from problem
+        finally:
+            os.close(fd)
+
+    def checkpoint(self, *, truncate: bool = False) -> bool:
+        """Move the WAL's content into the database; whether all of it was moved.
+
+        Only ever done under the writer lock: SQLite 3.7.0 to 3.51.2 can corrupt a database whose WAL is reset by two
+        connections at the same moment.  `truncate` also gives the WAL's space back.
+        """
+        self._unchecked_bytes = 0
+        if not self._full:
+            self.sync()  # before taking the lock: then the checkpoint's own sync of the WAL has nothing left to do
+        with self._writer() as connection, _translated():
+            mode = "TRUNCATE" if truncate else "PASSIVE"
+            busy, frames, moved = connection.execute(f"PRAGMA wal_checkpoint({mode})").fetchone()
+        return not busy and frames == moved
+
+    def give_back_space(self, pages: int) -> bool:
+        """Return up to `pages` free pages to the filesystem, in one short transaction; whether there are more."""
+        with self._writer() as connection, _translated():
+            free: int = connection.execute("PRAGMA freelist_count").fetchone()[0]
+            if free:
+                connection.execute(f"PRAGMA incremental_vacuum({pages})").fetchall()
+                self._wrote(pages * PAGE_SIZE)
+        return free > pages
+
+    def wal_bytes(self) -> int:
+        return _size(self._wal_path)
+
+    def size_on_disk(self) -> int:
+        """Bytes that the database and its WAL occupy."""
+        return _size(self.path) + self.wal_bytes()
+
+    # -- life
+
+    def suspend(self, timeout: float = 2.0) -> bool:
+        """Close the connection and keep every other thread out until `resume()`: done around a fork.
+
+        A SQLite connection must not be carried over a fork, not even unused: SQLite counts its POSIX locks for each
+        process in memory that the child inherits, so a connection that the child opens beside an inherited one
+        believes that it holds locks which it does not hold.  Another process then takes the database for unused and
+        deletes the WAL under the child's feet (seen: the child's next commit was lost).  Returns False, with nothing
+        done, if another thread did not leave the connection within `timeout` seconds.
+        """
+        if not self.lock.mutex.acquire(timeout=timeout):
+            return False
+        self._disconnect()
+        return True
+
+    def resume(self) -> None:
+        """End `suspend()`, in the process that called it; the next call opens the connection again."""
+        self.lock.mutex.release()
+
+    def close(self) -> None:
+        """Close the connection and the lock file.  The object can't be used any more; may be called twice."""
+        if self._closed:
+            return
+        self._closed = True
+        if self.lock.mutex.acquire(timeout=WRITE_TIMEOUT):
+            try:
+                self._disconnect()
+            finally:
+                self.lock.mutex.release()
+        self.lock.close()
+
+    # -- inside
+
+    @contextlib.contextmanager
+    def _writer(self) -> Iterator[sqlite3.Connection]:
+        self.lock.acquire(WRITE_TIMEOUT)
+        try:
+            yield self._connection or self._open()
+        finally:
+            self.lock.release()
+
+    def _wrote(self, size: int) -> None:
+        self._unchecked_bytes += size + PAGE_SIZE + FRAME_HEADER_BYTES
+        if not self._full:
+            self._unsynced = True
+        if self._unchecked_bytes > OVERDUE_BYTES and not self.lock.depth:
+            with contextlib.suppress(OutboxError):
+                self.checkpoint()
+        self.on_written()
+
+    def _open(self) -> sqlite3.Connection:
+        """Connect, under the mutex; create or check the schema, which takes the writer lock."""
+        if self._closed:
+            raise StorageError("the outbox has been closed", "SQLITE_MISUSE")
+        self.lock.acquire(WRITE_TIMEOUT)
+        try:
+            connection = connect(self.path, full=self._full)
+        except sqlite3.Error as problem:
+            raise unavailable(self.path, problem) from problem
+        except OSError as problem:
+            raise unavailable(self.path, problem) from problem
+        finally:
+            self.lock.release()
+        self._connection = connection
+        return connection
+
+    def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is None:
+            return
+        # The last close of all processes checkpoints and removes the WAL; that, too, belongs under the writer lock.
+        try:
+            self.lock.acquire(WRITE_TIMEOUT)
+        except OutboxError:
+            connection.close()
+            return
+        try:
+            connection.close()
+        finally:
+            self.lock.release()
+
+
+def _size(path: Path) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0
+
+
+@contextlib.contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as problem:
+        raise storage_error(problem) from problem
+
+
+def _nothing() -> None:
+    pass

@@ -1,0 +1,299 @@
+"""What the clients of one process share for one outbox: the outbox itself, its sender and its upkeep.
+
+Here is also what concerns the process as a whole: the registry, forks and the exit.  Nothing is carried over a fork:
+a child builds its own engine at its first call, on the same outbox.  All that a sender needs is imported here and not
+by its thread: a child forked in the middle of an import waits for ever for the import's lock.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import logging
+import os
+import random
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from segment_durable.clock import Clock, SystemClock
+from segment_durable.config import Config
+from segment_durable.database_file import hold_inherited_locks
+from segment_durable.delivery import Delivery, Reporter
+from segment_durable.errors import ConfigError, OutboxError, OutboxFull
+from segment_durable.limiter import Limiter
+from segment_durable.locks import abandon_inherited
+from segment_durable.outbox import Outbox
+from segment_durable.sender import Sender
+from segment_durable.transport import RequestsTransport, Transport
+from segment_durable.upkeep import Upkeep
+from segment_durable.upload import Uploader
+
+if TYPE_CHECKING:
+    from segment_durable.oauth import Tokens
+
+__all__ = ["Engine", "Member", "attach", "call", "detach"]
+
+log = logging.getLogger("segment.durable")
+
+# What decides where and as whom events are sent: clients that share an outbox must agree on it.
+_MUST_AGREE = ("host", "oauth_client_id", "oauth_key_id", "oauth_auth_server", "oauth_scope", "synchronous")
+# What the first client decides for all.
+_FIRST_DECIDES = (
+    *("gzip", "max_retries", "timeout", "proxies", "thread", "upload_size", "upload_interval", "lease_seconds"),
+    *("max_total_backoff_duration", "max_rate_limit_duration", "max_age", "max_dead_letters"),
+)
+
+
+class Member:
+    """A client's share in an engine: its settings.  The engine refers to it weakly."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+
+class Engine:
+    """One outbox in this process.  Made by `attach`."""
+
+    def __init__(self, config: Config, clock: Clock, *, make_transport: Callable[[], Transport] | None) -> None:
+        self.pid = os.getpid()
+        self.closed = False
+        self.config = config
+        self.clock = clock
+        self._make_transport = make_transport
+        self._tokens: Tokens | None = _tokens(config, clock)
+        self._members: weakref.WeakSet[Member] = weakref.WeakSet()
+        self.outbox = Outbox(config.outbox_path(), clock, full=config.synchronous == "FULL", write_key=config.write_key)
+        self.upkeep = Upkeep(self.outbox.db, clock)
+        self.reporter = _Callbacks(self)
+        self.sender = Sender(self.outbox, config, clock, self._make_delivery)
+        self._full_log, self._full_call = Limiter(60.0, clock), Limiter(1.0, clock)
+        self._trouble_log, self._trouble_call = Limiter(60.0, clock), Limiter(1.0, clock)
+
+    def join(self, member: Member) -> None:
+        """Let a client in; raises `ConfigError` if it can't share this outbox."""
+        for name in _MUST_AGREE:
+            if getattr(member.config, name) != getattr(self.config, name):
+                raise ConfigError(
+                    name,
+                    "differs from that of another client on the same outbox in this process: "
+                    "give this client an outbox_dir of its own",
+                )
+        differing = [n for n in _FIRST_DECIDES if getattr(member.config, n) != getattr(self.config, n)]
+        if differing:
+            log.warning("%s: the settings of the first client on this outbox hold", ", ".join(differing))
+        self._members.add(member)
+
+    def leave(self, member: Member) -> bool:
+        """A client was shut down; whether it was the last."""
+        self._members.discard(member)
+        return not self._members
+
+    def put(self, body: bytes, appended_at: int, message: dict[str, Any], config: Config) -> bool | None:
+        """Append; whether it was accepted, or None if this engine has been closed: then another is to be attached.
+
+        Raises nothing for what the disk does.
+        """
+        try:
+            accepted = self.outbox.put(body, appended_at, config.max_queue_size)
+        except OutboxError as problem:
+            if self.closed:
+                return None
+            self._refused(problem, message)
+            return False
+        if not accepted:
+            self._full(config.max_queue_size, message)
+            return False
+        return True
+
+    def deliver_now(self) -> bool:
+        """`sync_mode`: deliver in the calling thread up to the last event, one failed attempt at most."""
+        try:
+            end = self.clock.boot() + 2 * self.config.timeout
+            return self.sender.drain(self.outbox.last_id(), end)
+        except OutboxError as problem:
+            self._refused(problem, None)
+            return False
+
+    def close(self, timeout: float | None) -> bool:
+        """End the threads and close the files; whether the threads ended within `timeout` seconds."""
+        self.closed = True
+
+        def close_files() -> None:
+            self.upkeep.stop(1.0)
+            self.outbox.close()
+
+        return self.sender.stop(timeout, close_files)
+
+    def callbacks(self, name: str) -> list[Callable[..., object]]:
+        """The callbacks that the clients gave for `name`, each once."""
+        found: list[Callable[..., object]] = []
+        for config in (self.config, *(member.config for member in list(self._members))):
+            callback = getattr(config, name)
+            if callback is not None and not any(callback == each for each in found):
+                found.append(callback)
+        return found
+
+    def _make_delivery(self) -> Delivery:
+        transport = RequestsTransport(self.config.proxies) if self._make_transport is None else self._make_transport()
+        uploader = Uploader(self.config, transport, self._tokens, self.clock)
+        # Not the module's generator: forked children share its state, and would all retry at the same moments.
+        return Delivery(self.outbox, uploader, self.config, self.clock, random.SystemRandom().random, self.reporter)
+
+    def _full(self, limit: int, message: dict[str, Any]) -> None:
+        times = self._full_log.tick()
+        if times:
+            log.warning("the outbox is full (max_queue_size=%d): %d events were refused", limit, times)
+        times = self._full_call.tick()
+        if times:
+            self.reporter.call_on_error(OutboxFull(limit, times), [message])
+
+    def _refused(self, problem: OutboxError, message: dict[str, Any] | None) -> None:
+        times = self._trouble_log.tick()
+        if times:
+            log.error("the outbox can't be written (%d times): %s", times, problem)
+        if self._trouble_call.tick():
+            self.reporter.call_on_error(problem, [] if message is None else [message])
+
+
+class _Callbacks(Reporter):
+    """Calls the users' callbacks.  What they raise is logged and changes nothing."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = weakref.ref(engine)
+
+    def failed(self, error: Exception, bodies: Sequence[bytes]) -> None:
+        engine = self._engine()
+        if engine is not None and engine.callbacks("on_error"):
+            self.call_on_error(error, _items(b",".join(bodies)))
+
+    def delivered(self, events: bytes) -> None:
+        engine = self._engine()
+        callbacks = engine.callbacks("on_success") if engine is not None else []
+        for callback in callbacks:
+            call(callback, "on_success", _items(events))
+
+    def call_on_error(self, error: Exception, items: list[dict[str, Any]]) -> None:
+        engine = self._engine()
+        for callback in engine.callbacks("on_error") if engine is not None else []:
+            call(callback, "on_error", error, items)
+
+
+def _items(events: bytes) -> list[dict[str, Any]]:
+    items: list[dict[str, Any]] = json.loads(b"[%b]" % events)
+    return items
+
+
+def call(callback: Callable[..., object], name: str, *arguments: object) -> None:
+    """Call a user's callback; what it raises is logged and changes nothing."""
+    try:
+        callback(*arguments)
+    except Exception:
+        log.exception("%s raised; nothing else is changed by that", name)
+
+
+def _tokens(config: Config, clock: Clock) -> Tokens | None:
+    if not config.uses_oauth:
+        return None
+    from segment_durable.oauth import Tokens
+
+    return Tokens(config, clock)
+
+
+# -- the process
+
+_lock = threading.Lock()
+_engines: dict[str, Engine] = {}
+_pid = os.getpid()
+_suspended: list[Engine] = []
+_inherited: list[Any] = []  # what a child must neither use nor let be collected
+
+
+def attach(
+    member: Member, clock: Clock | None = None, *, make_transport: Callable[[], Transport] | None = None
+) -> Engine:
+    """The engine for the member's outbox in this process, made if there is none.
+
+    Raises `ConfigError`, `OutboxUnavailable`, `NotAnOutbox` or `SourceMismatch`.
+    """
+    if _pid != os.getpid():  # forked in C, as uWSGI does, without a call of Python's hooks
+        _start_anew(hooked=False)
+    key = os.path.realpath(member.config.outbox_path())
+    with _lock:
+        engine = _engines.get(key)
+        if engine is None:
+            engine = Engine(member.config, clock or SystemClock(), make_transport=make_transport)
+            _engines[key] = engine
+        engine.join(member)
+        return engine
+
+
+def detach(engine: Engine, member: Member, timeout: float | None) -> bool:
+    """A client was shut down: close the engine if it was the last one's.
+
+    Whether the threads ended within `timeout` seconds, `None` meaning that they are waited for.
+    """
+    with _lock:
+        if not engine.leave(member):
+            return True
+        for key, each in list(_engines.items()):
+            if each is engine:
+                del _engines[key]
+    return engine.close(timeout)
+
+
+def _before_fork() -> None:
+    _lock.acquire()
+    for engine in _engines.values():
+        if engine.pid == os.getpid() and engine.outbox.db.suspend():
+            _suspended.append(engine)
+
+
+def _after_fork_in_parent() -> None:
+    for engine in _suspended:
+        engine.outbox.db.resume()
+    _suspended.clear()
+    _lock.release()
+
+
+def _after_fork_in_child() -> None:
+    _start_anew(hooked=True)
+
+
+def _start_anew(*, hooked: bool) -> None:
+    """In a forked child: forget what belongs to the parent."""
+    global _lock, _pid, _engines
+    lock_files = abandon_inherited()
+    for engine in _engines.values():
+        if engine in _suspended:
+            continue
+        # Its connection is open in the parent, and so in the memory of this process.
+        try:
+            _inherited.append(hold_inherited_locks(engine.outbox.db.path))
+        except OSError as problem:
+            log.error("this process was forked while the outbox was in use, and can't lock it: %s", problem)
+    _inherited.append((lock_files, _engines))
+    _engines, _lock, _pid = {}, threading.Lock(), os.getpid()
+    _suspended.clear()
+
+
+def _at_exit() -> None:
+    """Deliver what can be delivered in time; the rest stays on disk for the next start."""
+    if _pid != os.getpid():
+        return
+    for engine in list(_engines.values()):
+        config = engine.config
+        end = engine.clock.boot() + config.shutdown_timeout
+        try:
+            if config.deliver and config.send:
+                engine.sender.flush(config.shutdown_timeout)
+        except OutboxError as problem:
+            log.error("at exit: %s", problem)
+        engine.close(max(0.0, end - engine.clock.boot()))
+    _engines.clear()
+
+
+atexit.register(_at_exit)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

@@ -1,0 +1,188 @@
+"""Call arguments in, a validated message and its bytes out.
+
+The six types of message are a table; time and ids are passed in.  The bytes made here are what the outbox stores and
+what is sent: a message is encoded once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
+from decimal import Decimal
+from numbers import Number
+from os import urandom
+from typing import Any
+from uuid import UUID
+
+from segment_durable.encoding import encode
+from segment_durable.errors import InvalidMessage, MessageTooLarge
+from segment_durable.version import VERSION
+
+__all__ = ["MAX_MESSAGE_BYTES", "compose", "encode_message", "new_message_id"]
+
+MAX_MESSAGE_BYTES = 32 << 10  # Segment's limit for one event
+MAX_MESSAGE_ID_LENGTH = 100  # characters, Segment's limit
+LIBRARY_NAME = "segment-durable"
+
+Check = Callable[[str, Any], Any]
+
+
+def _is_given(value: object) -> bool:
+    """Whether an id was given at all: None and "" mean no, 0 is an id like any other."""
+    return value is not None and not (isinstance(value, str) and not value)
+
+
+def _identifier(name: str, value: Any) -> str | None:
+    if type(value) is str:
+        return value or None
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return "".join((value,)) or None  # an exact str: a subclass may override anything
+    if isinstance(value, UUID):
+        return str(value)
+    if isinstance(value, Number) and not isinstance(value, (bool, complex)):
+        if isinstance(value, (float, Decimal)) and not math.isfinite(value):
+            raise InvalidMessage(name, "must be a str, a number or a UUID; NaN and infinities identify nobody")
+        try:
+            return str(value)
+        except ValueError:  # sys.set_int_max_str_digits
+            raise InvalidMessage(name, "must be an id, not a number of thousands of digits") from None
+    raise InvalidMessage(name, f"must be a str, a number or a UUID, got {type(value).__name__}")
+
+
+def _required_identifier(name: str, value: Any) -> str:
+    identifier = _identifier(name, value)
+    if identifier is None:
+        raise InvalidMessage(name, "must be a str, a number or a UUID, and not empty")
+    return identifier
+
+
+def _object(name: str, value: Any) -> dict[Any, Any]:
+    if isinstance(value, dict):
+        return value
+    if not value:  # as upstream: any empty value is "nothing to say"
+        return {}
+    raise InvalidMessage(name, f"must be a dict, got {type(value).__name__}")
+
+
+def _event_name(name: str, value: Any) -> str:
+    if isinstance(value, str) and value:
+        return value
+    problem = "it is empty" if isinstance(value, str) else f"got {type(value).__name__}"
+    raise InvalidMessage(name, f"must be the event's name, a str that is not empty; {problem}")
+
+
+def _optional_text(name: str, value: Any) -> str | None:
+    if not value:
+        return None
+    if isinstance(value, str):
+        return value
+    raise InvalidMessage(name, f"must be a str, got {type(value).__name__}")
+
+
+# For each type the fields that only it has, in the order of the call: (name in the call, name in JSON, check).
+FIELDS: dict[str, tuple[tuple[str, str, Check], ...]] = {
+    "identify": (("traits", "traits", _object),),
+    "track": (("event", "event", _event_name), ("properties", "properties", _object)),
+    "page": (
+        ("category", "category", _optional_text),
+        ("name", "name", _optional_text),
+        ("properties", "properties", _object),
+    ),
+    "screen": (
+        ("category", "category", _optional_text),
+        ("name", "name", _optional_text),
+        ("properties", "properties", _object),
+    ),
+    "group": (("group_id", "groupId", _required_identifier), ("traits", "traits", _object)),
+    "alias": (("previous_id", "previousId", _required_identifier),),
+}
+
+
+def compose(
+    kind: str,
+    values: Sequence[Any],
+    user_id: Any,
+    anonymous_id: Any,
+    context: Any,
+    timestamp: datetime | None,
+    integrations: Any,
+    message_id: Any,
+    now: datetime,
+) -> dict[str, Any]:
+    """A message of type `kind`; `values` are those of `FIELDS[kind]`, in order.
+
+    `now` is the time of the call, aware, in UTC.  Raises `InvalidMessage` with the name of the wrong argument.  The
+    dicts that are passed in are referred to, and not changed.
+    """
+    user = user_id if type(user_id) is str and user_id else _identifier("user_id", user_id)
+    anonymous = None if anonymous_id is None else _identifier("anonymous_id", anonymous_id)
+    if user is None and (anonymous is None or kind == "alias"):
+        name = "user_id" if kind == "alias" else "user_id or anonymous_id"
+        raise InvalidMessage(name, "must be a str, a number or a UUID, and not empty")
+    message: dict[str, Any] = {
+        "type": kind,
+        "messageId": new_message_id() if message_id is None else _message_id(message_id),
+        "timestamp": now.isoformat(timespec="milliseconds") if timestamp is None else _timestamp(timestamp, now),
+        "userId": user,
+    }
+    if kind != "alias":
+        message["anonymousId"] = anonymous
+    for (name, key, check), value in zip(FIELDS[kind], values):
+        message[key] = check(name, value)
+    library = {"name": LIBRARY_NAME, "version": VERSION}
+    message["context"] = {**_object("context", context), "library": library} if context else {"library": library}
+    message["integrations"] = _object("integrations", integrations) if integrations else {}
+    return message
+
+
+def encode_message(message: dict[str, Any]) -> bytes:
+    """The message as UTF-8 JSON; raises `MessageTooLarge` if that is over 32 KiB, and nothing else."""
+    body = encode(message, MAX_MESSAGE_BYTES)
+    if len(body) > MAX_MESSAGE_BYTES:
+        raise MessageTooLarge(len(body), MAX_MESSAGE_BYTES)
+    return body
+
+
+def new_message_id() -> str:
+    """A random UUID (version 4) as text.
+
+    Not `uuid.uuid4()`, which takes twice as long, and not from a pool of random bytes either: a forked child would
+    draw the same ids again, and Segment would drop its events as duplicates.
+    """
+    digits = urandom(16).hex()
+    return (
+        f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{'89ab'[int(digits[16], 16) & 3]}{digits[17:20]}-{digits[20:]}"
+    )
+
+
+def _message_id(value: Any) -> str:
+    text = _required_identifier("message_id", value)
+    if len(text) > MAX_MESSAGE_ID_LENGTH:
+        raise InvalidMessage("message_id", f"must have at most {MAX_MESSAGE_ID_LENGTH} characters, got {len(text)}")
+    return text
+
+
+def _timestamp(value: Any, now: datetime) -> str:
+    if not isinstance(value, datetime):
+        raise InvalidMessage("timestamp", f"must be a datetime or None, got {type(value).__name__}")
+    try:
+        return _aware(value, now).isoformat(timespec="milliseconds")
+    except Exception as problem:  # a tzinfo may be anybody's code
+        raise InvalidMessage("timestamp", f"has a tzinfo that fails ({type(problem).__name__})") from problem
+
+
+def _aware(value: datetime, now: datetime) -> datetime:
+    offset = value.utcoffset()
+    if offset is not None:
+        # RFC 3339 has no seconds in an offset (local mean times before 1900 have).
+        return value.astimezone(timezone.utc) if offset.total_seconds() % 60 else value
+    local_now = now.astimezone()
+    local = value.replace(tzinfo=local_now.tzinfo)
+    # A naive time is UTC, unless it was just made by datetime.now().  Where the zone has an offset, utcnow() is at
+    # least a quarter of an hour away from now(), so the two can't be mistaken.
+    if abs((local_now - local).total_seconds()) < 5:
+        return local
+    return value.replace(tzinfo=timezone.utc)

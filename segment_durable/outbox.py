@@ -1,0 +1,443 @@
+"""The outbox: the sole owner of an event's states.
+
+::
+
+    from       by                              to
+    (none)     put                             pending
+    pending    lease                           leased
+    leased     ack                             gone, delivered
+    leased     bury                            dead
+    leased     release, or the lease's death   pending
+    pending    expire                          gone, expired
+    dead       requeue                         pending, under a new id
+
+A lease is one row that covers a range of ids, so an event is "leased" by where its id lies and leasing writes O(1).
+Every ack, release and bury names the lease's token in the same transaction; a token that is not there any more means
+that the lease was lost to another sender, and nothing is changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import secrets
+import sqlite3
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from segment_durable.clock import Clock
+from segment_durable.db import WRITE_TIMEOUT, Database
+from segment_durable.errors import OutboxBusy, OutboxError, SourceMismatch, StorageError
+from segment_durable.records import Backoff, DeadLetter, Lease, NotNow, OutboxStats, Row
+from segment_durable.views import TOTALS, read_backoff, read_stats
+
+__all__ = ["Outbox"]
+
+_NO_LIMIT = 1 << 62
+_MAX_GROUP = 500  # puts in one transaction
+_BUSY_LOOK = 0.5  # seconds after which a sender looks again at leases of others
+
+# Limit, id and insert in one statement.  The last id ever given is max(the last row, state.last_id), because SQLite
+# alone would hand the ids of a deleted tail out again; what has left is counted in `state`, so the number of events
+# waiting is a subtraction.
+_PUT = """
+INSERT INTO event (id, appended_at, body)
+SELECT last + 1, ?2, ?3
+FROM (
+    SELECT max(last_id, ifnull((SELECT max(id) FROM event), 0)) AS last,
+           delivered + buried + erased + expired AS gone
+    FROM state
+)
+WHERE last - gone < ?1
+"""
+
+
+class _Put:
+    """A put that waits for a thread to commit it together with others."""
+
+    __slots__ = ("accepted", "error", "parameters")
+
+    def __init__(self, parameters: tuple[int, int, bytes]) -> None:
+        self.parameters = parameters
+        self.accepted: bool | None = None
+        self.error: BaseException | None = None
+
+
+class Outbox:
+    """The outbox in `folder`, created if there is none.
+
+    Raises `OutboxUnavailable`, `NotAnOutbox` or `SourceMismatch` if it can't be used; its methods raise
+    `StorageError` and `OutboxBusy`, and then have changed nothing.  `max_pending` of a put: 0 means no limit.
+    """
+
+    def __init__(self, folder: Path, clock: Clock, *, full: bool = False, write_key: str | None = None) -> None:
+        self._clock = clock
+        self._waiting: deque[_Put] = deque()
+        self.db = Database(folder, full=full)
+        if write_key is not None:
+            try:
+                self._claim(write_key)
+            except BaseException:
+                self.db.close()
+                raise
+
+    def close(self) -> None:
+        """Close the files.  May be called twice; nothing else may be called afterwards."""
+        self.db.close()
+
+    # -- in
+
+    def put(self, body: bytes, appended_at: int, max_pending: int = 0) -> bool:
+        """Append one event; it is committed when the call returns.
+
+        `appended_at`: milliseconds since 1970.  Returns False, with nothing appended, if `max_pending` events are
+        waiting.  Threads that come at the same time are committed in one transaction.
+        """
+        parameters = (max_pending or _NO_LIMIT, appended_at, body)
+        mutex = self.db.lock.mutex
+        if not self._waiting and mutex.acquire(False):
+            try:
+                return self.db.write_one(_PUT, parameters, len(body)) == 1
+            finally:
+                mutex.release()
+        put = _Put(parameters)
+        self._waiting.append(put)
+        if not mutex.acquire(timeout=WRITE_TIMEOUT):
+            try:
+                self._waiting.remove(put)
+            except ValueError:  # the writing thread has just taken it along: see how that ended
+                if not mutex.acquire(timeout=2 * WRITE_TIMEOUT):
+                    raise OutboxBusy("another thread is still writing this event to the outbox") from None
+            else:
+                raise OutboxBusy(f"another thread has been writing to the outbox for {WRITE_TIMEOUT:g} s")
+        try:
+            while put.accepted is None and put.error is None:
+                self._put_group()
+        finally:
+            mutex.release()
+        if put.error is not None:
+            raise put.error
+        return bool(put.accepted)
+
+    def _put_group(self) -> None:
+        """Commit the puts that wait, in the order in which they came.  Under the mutex."""
+        group = [self._waiting.popleft() for _ in range(min(len(self._waiting), _MAX_GROUP))]
+        try:
+            if len(group) == 1:
+                size = len(group[0].parameters[2])
+                accepted = [self.db.write_one(_PUT, group[0].parameters, size) == 1]
+            else:
+                with self.db.write() as connection:
+                    accepted = [connection.execute(_PUT, put.parameters).rowcount == 1 for put in group]
+        except BaseException as problem:
+            for put in group:
+                put.error = problem if isinstance(problem, OutboxError) else StorageError("the write was interrupted")
+            if not isinstance(problem, OutboxError):
+                raise
+            return
+        for put, each in zip(group, accepted):
+            put.accepted = each
+
+    # -- out
+
+    def lease(self, limit: int, seconds: float, *, max_leases: int = 1, hurry: bool = False) -> Lease | NotNow:
+        """Take the first `limit` events that nobody has, for `seconds`.
+
+        At most `max_leases` leases live at once; with 1, events leave in order.  `hurry` goes before the end of a
+        backoff, but not of one that the receiver asked for.
+        """
+        idle = self._why_idle(hurry)
+        if idle is not None:
+            return idle
+        with self.db.write() as connection:
+            now = self._clock.boot()
+            blocked = self._blocked(connection, now, hurry)
+            if blocked is not None:
+                return blocked
+            living, dead = self._sort_leases(connection, now)
+            if dead:
+                connection.executemany("DELETE FROM lease WHERE first_id = ?", [(each[0],) for each in dead])
+            if len(living) >= max_leases:
+                return NotNow("leased", _BUSY_LOOK)
+            span = _first_free(connection, living, limit)
+            if span is None:
+                return NotNow("leased", _BUSY_LOOK) if living else NotNow("empty", None)
+            first, last = span
+            failures = connection.execute("SELECT failures FROM backoff").fetchone()[0]
+            lost = [attempt + 1 for from_id, to_id, _, attempt, *_ in dead if from_id <= last and first <= to_id]
+            lease = Lease(secrets.token_bytes(16), first, last, max([failures, *lost]), now + seconds)
+            connection.execute(
+                "INSERT INTO lease VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    *(first, last, lease.token, lease.attempt, self.db.lock.slot),
+                    *(os.getpid(), self._clock.boot_id(), now, lease.deadline),
+                ),
+            )
+            self.db.lock.held.add(lease.token)  # on a rollback nobody will ever ask for that token
+        return lease
+
+    def rows(self, first: int, last: int, max_bytes: int = _NO_LIMIT) -> list[Row]:
+        """The events with these ids, in order; some may have left.
+
+        Reading ends after the event with which their bodies come to more than `max_bytes`.
+        """
+        found: list[Row] = []
+        with self.db.read() as connection:
+            for event_id, body in connection.execute(
+                "SELECT id, body FROM event WHERE id BETWEEN ? AND ? ORDER BY id", (first, last)
+            ):
+                found.append(Row(event_id, body))
+                max_bytes -= len(body)
+                if max_bytes < 0:
+                    break
+        return found
+
+    def extend(self, lease: Lease, seconds: float) -> Lease | None:
+        """The lease with its deadline `seconds` from now, or None if it was lost."""
+        deadline = self._clock.boot() + seconds
+        with self.db.write() as connection:
+            changed = connection.execute(
+                "UPDATE lease SET deadline = ? WHERE token = ?", (deadline, lease.token)
+            ).rowcount
+        if not changed:
+            self.db.lock.held.discard(lease.token)
+            return None
+        return Lease(lease.token, lease.first, lease.last, lease.attempt, deadline)
+
+    def ack(self, lease: Lease, through: int) -> int | None:
+        """Delivered, up to and with the event `through`: delete those, keep the rest leased.
+
+        How many were deleted, or None if the lease was lost and nothing was.
+        """
+        with self.db.write() as connection:
+            found = self._fence(connection, lease, through)
+            if found is None:
+                return None
+            first, last = found
+            deleted = connection.execute("DELETE FROM event WHERE id BETWEEN ? AND ?", (first, through)).rowcount
+            connection.execute(
+                "UPDATE state SET delivered = delivered + ?, last_id = max(last_id, ?)", (deleted, through)
+            )
+            connection.execute(
+                "UPDATE backoff SET not_before = 0, not_before_wall = 0, told = 0, failures = 0, first_failure = NULL, "
+                "first_throttle = NULL, reported = 0 "
+                "WHERE failures > 0 OR told OR reported OR not_before > 0 OR first_throttle IS NOT NULL"
+            )
+            self._shrink(connection, lease, through, last)
+        if through >= last:
+            self.db.lock.held.discard(lease.token)
+        return deleted
+
+    def bury(self, lease: Lease, event_id: int, *, status: int, code: str, answer: str, max_dead: int) -> bool | None:
+        """Refused by itself: move the event, the first of the lease, to the dead letters.
+
+        True if it was moved, False if there are `max_dead` dead letters already, None if the lease was lost.
+        """
+        with self.db.write() as connection:
+            found = self._fence(connection, lease, event_id)
+            if found is None:
+                return None
+            (dead,) = connection.execute("SELECT buried - requeued - dead_erased FROM state").fetchone()
+            if dead >= max_dead:
+                return False
+            moved = connection.execute(
+                "INSERT INTO dead (id, appended_at, buried_at, status, code, answer, body) "
+                "SELECT id, appended_at, ?, ?, ?, ?, body FROM event WHERE id = ?",
+                (int(self._clock.time() * 1000), status, code, answer, event_id),
+            ).rowcount
+            connection.execute("DELETE FROM event WHERE id = ?", (event_id,))
+            connection.execute("UPDATE state SET buried = buried + ?, last_id = max(last_id, ?)", (moved, event_id))
+            self._shrink(connection, lease, event_id, found[1])
+        if event_id >= found[1]:
+            self.db.lock.held.discard(lease.token)
+        return True
+
+    def release(self, lease: Lease, backoff: Backoff | None = None) -> bool:
+        """Not delivered: the rest of the lease is pending again, and `backoff`, if given, binds all senders.
+
+        False if the lease was lost; then `backoff` is not stored either.
+        """
+        with self.db.write() as connection:
+            removed = connection.execute("DELETE FROM lease WHERE token = ?", (lease.token,)).rowcount
+            if removed and backoff is not None:
+                wall = self._clock.time() + max(0.0, backoff.not_before - self._clock.boot())
+                connection.execute(
+                    "UPDATE backoff SET boot_id = ?, not_before = ?, not_before_wall = ?, told = ?, failures = ?, "
+                    "first_failure = ?, first_throttle = ?, reported = ?, last_error = ?, last_error_at = ?",
+                    (
+                        *(self._clock.boot_id(), backoff.not_before, wall, backoff.told, backoff.failures),
+                        *(backoff.first_failure, backoff.first_throttle, backoff.reported),
+                        *(backoff.last_error, int(backoff.last_error_at * 1000)),
+                    ),
+                )
+        self.db.lock.held.discard(lease.token)
+        return bool(removed)
+
+    def forget(self, lease: Lease) -> None:
+        """Give a lease up without touching the disk, for when that fails: the next `lease()` finds it dead."""
+        self.db.lock.held.discard(lease.token)
+
+    def expire(self, older_than: float, limit: int = 1000) -> list[bytes]:
+        """Remove the first events, up to `limit`, that were appended before `older_than` (seconds since 1970).
+
+        Their messages are returned.  While any lease lives nothing is expired.
+        """
+        cutoff = int(older_than * 1000)
+        with self.db.read() as connection:
+            oldest = connection.execute("SELECT appended_at FROM event ORDER BY id LIMIT 1").fetchone()
+        if oldest is None or oldest[0] >= cutoff:
+            return []
+        with self.db.write() as connection:
+            if self._sort_leases(connection, self._clock.boot())[0]:
+                return []
+            expired: list[Row] = []
+            found = connection.execute("SELECT id, appended_at, body FROM event ORDER BY id LIMIT ?", (limit,))
+            for event_id, appended_at, body in found.fetchall():
+                if appended_at >= cutoff:
+                    break
+                expired.append(Row(event_id, body))
+            if expired:
+                connection.execute("DELETE FROM event WHERE id <= ?", (expired[-1].id,))
+                connection.execute(
+                    "UPDATE state SET expired = expired + ?, last_id = max(last_id, ?)",
+                    (len(expired), expired[-1].id),
+                )
+        return [row.body for row in expired]
+
+    # -- dead letters
+
+    def dead_letters(self, limit: int = -1) -> list[DeadLetter]:
+        """The dead letters, oldest first; at most `limit`, -1 means all."""
+        with self.db.read() as connection:
+            return [
+                DeadLetter(row[0], row[1] / 1000, row[2] / 1000, *row[3:])
+                for row in connection.execute("SELECT * FROM dead ORDER BY id LIMIT ?", (limit,))
+            ]
+
+    def requeue(self, ids: Sequence[int] | None = None) -> int:
+        """Give dead letters, all or those with these ids, another chance, behind what is pending; how many."""
+        with self.db.write() as connection:
+            if ids is None:
+                ids = [row[0] for row in connection.execute("SELECT id FROM dead ORDER BY id")]
+            moved = 0
+            for each in ids:
+                moved += connection.execute(
+                    "INSERT INTO event (id, appended_at, body) "
+                    "SELECT (SELECT max(last_id, ifnull((SELECT max(id) FROM event), 0)) FROM state) + 1, "
+                    "appended_at, body FROM dead WHERE id = ?",
+                    (each,),
+                ).rowcount
+                connection.execute("DELETE FROM dead WHERE id = ?", (each,))
+            connection.execute("UPDATE state SET requeued = requeued + ?", (moved,))
+        return moved
+
+    # -- what is there
+
+    def last_id(self) -> int:
+        """The highest id ever given, 0 if none was."""
+        with self.db.read() as connection:
+            last: int = connection.execute(TOTALS).fetchone()[0]
+        return last
+
+    def first_id(self) -> int | None:
+        """The lowest id among the events that have not left, or None."""
+        with self.db.read() as connection:
+            first: int | None = connection.execute("SELECT min(id) FROM event").fetchone()[0]
+        return first
+
+    def pending(self) -> int:
+        """How many events have not left, those on their way included; does not count rows."""
+        with self.db.read() as connection:
+            last, _, delivered, buried, erased, expired, *_ = connection.execute(TOTALS).fetchone()
+        return int(last - delivered - buried - erased - expired)
+
+    def backoff(self) -> Backoff:
+        with self.db.read() as connection:
+            return read_backoff(connection, self._clock)
+
+    def stats(self) -> OutboxStats:
+        with self.db.read() as connection:
+            return read_stats(connection, self._clock, self.db.size_on_disk(), self._is_dead)
+
+    # -- inside
+
+    def _claim(self, write_key: str) -> None:
+        """Mark a new outbox as this source's; raise `SourceMismatch` if it is another's."""
+        with self.db.write() as connection:
+            facts = dict(connection.execute("SELECT name, value FROM meta").fetchall())
+            if "source_digest" not in facts:
+                salt = secrets.token_hex(16)
+                connection.executemany(
+                    "INSERT INTO meta VALUES (?, ?)",
+                    [("source_salt", salt), ("source_digest", _digest(salt, write_key))],
+                )
+                return
+        if not hmac.compare_digest(facts["source_digest"], _digest(facts["source_salt"], write_key)):
+            raise SourceMismatch(
+                self.db.folder, "this outbox belongs to another write_key: give each source an outbox_dir of its own"
+            )
+
+    def _why_idle(self, hurry: bool) -> NotNow | None:
+        """The same answer that a transaction would give, without waiting for the writers."""
+        with self.db.read() as connection:
+            if connection.execute("SELECT min(id) FROM event").fetchone()[0] is None:
+                return NotNow("empty", None)
+            return self._blocked(connection, self._clock.boot(), hurry)
+
+    def _blocked(self, connection: sqlite3.Connection, now: float, hurry: bool) -> NotNow | None:
+        backoff = read_backoff(connection, self._clock)
+        if backoff.not_before > now and not (hurry and not backoff.told):
+            return NotNow("backoff", backoff.not_before - now, backoff.reported)
+        return None
+
+    def _sort_leases(self, connection: sqlite3.Connection, now: float) -> tuple[list[Any], list[Any]]:
+        living: list[Any] = []
+        dead: list[Any] = []
+        for lease in connection.execute("SELECT * FROM lease ORDER BY first_id").fetchall():
+            (dead if self._is_dead(lease, now) else living).append(lease)
+        return living, dead
+
+    def _is_dead(self, lease: Any, now: float) -> bool:
+        _, _, token, _, holder, _, boot_id, leased_at, deadline = lease
+        if boot_id != self._clock.boot_id() or now >= deadline:
+            return True
+        if leased_at > now + 1:  # from an earlier start of a machine that has no boot id
+            return True
+        return not self.db.lock.is_alive(holder, token)
+
+    def _fence(self, connection: sqlite3.Connection, lease: Lease, through: int) -> tuple[int, int] | None:
+        found = connection.execute("SELECT first_id, last_id FROM lease WHERE token = ?", (lease.token,)).fetchone()
+        if found is None:
+            self.db.lock.held.discard(lease.token)
+            return None
+        first, last = found
+        if not first <= through <= last:
+            raise ValueError(f"event {through} is not within the lease of {first} to {last}")
+        return first, last
+
+    def _shrink(self, connection: sqlite3.Connection, lease: Lease, through: int, last: int) -> None:
+        if through >= last:
+            connection.execute("DELETE FROM lease WHERE token = ?", (lease.token,))
+        else:
+            connection.execute("UPDATE lease SET first_id = ? WHERE token = ?", (through + 1, lease.token))
+
+
+def _first_free(connection: sqlite3.Connection, living: Sequence[Any], limit: int) -> tuple[int, int] | None:
+    """The first range of at most `limit` ids, with an event at each end, that no living lease covers."""
+    start = 0
+    for first, last, *_ in [*living, (_NO_LIMIT, _NO_LIMIT)]:
+        (low,) = connection.execute("SELECT min(id) FROM event WHERE id >= ? AND id < ?", (start, first)).fetchone()
+        if low is not None:
+            (high,) = connection.execute(
+                "SELECT max(id) FROM event WHERE id < ?", (min(first, low + limit),)
+            ).fetchone()
+            return low, high
+        start = last + 1
+    return None
+
+
+def _digest(salt: str, write_key: str) -> str:
+    return hashlib.sha256(f"{salt}:{write_key}".encode()).hexdigest()

@@ -1,0 +1,94 @@
+"""What the outbox hands out: plain, frozen records."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+__all__ = ["Backoff", "DeadLetter", "Lease", "NotNow", "OutboxStats", "Row"]
+
+
+class Row(NamedTuple):
+    """One event: its id and the bytes of its message."""
+
+    id: int
+    body: bytes
+
+
+@dataclass(frozen=True)
+class Lease:
+    """The right to deliver the events `first` to `last`; times are seconds on the boot clock."""
+
+    token: bytes
+    first: int
+    last: int
+    attempt: int  # attempts known to have been made before this one
+    deadline: float
+
+
+@dataclass(frozen=True)
+class NotNow:
+    """Why there is nothing to lease.
+
+    `reason` is "empty" (no event waits), "leased" (other senders are at work) or "backoff" (an earlier attempt
+    failed); `seconds` is how long until it is worth asking again, `None` where only a new event can change it.
+    """
+
+    reason: str
+    seconds: float | None
+    exhausted: bool = False  # backoff: the retry budget is used up
+
+
+@dataclass(frozen=True)
+class Backoff:
+    """What failed attempts have led to; shared by all senders on the outbox.  Times: seconds on the boot clock."""
+
+    not_before: float = 0.0  # the earliest time of the next attempt
+    told: bool = False  # the receiver asked for that time
+    failures: int = 0  # failed attempts in a row that count against the budget
+    first_failure: float | None = None
+    first_throttle: float | None = None
+    reported: bool = False  # the budget is used up, on_error was called
+    last_error: str = ""
+    last_error_at: float = 0.0  # seconds since 1970; 0: never
+
+
+@dataclass(frozen=True)
+class DeadLetter:
+    """An event that the receiver refused by itself.  Times: seconds since 1970."""
+
+    id: int
+    appended_at: float
+    buried_at: float
+    status: int
+    code: str
+    answer: str
+    body: bytes
+
+
+@dataclass(frozen=True)
+class OutboxStats:
+    """An outbox at one moment: all numbers are from one consistent view.
+
+    The books: `accepted == delivered + dead + erased + expired + pending`.
+    """
+
+    pending: int  # events that have not left, those that are leased included
+    leased: int  # of these, how many are on their way now
+    dead: int  # refused by the receiver and kept
+    oldest_age_seconds: float | None  # age of the oldest pending event, None if there is none
+    accepted: int  # events ever taken in
+    delivered: int  # answered by a 2xx
+    erased: int  # removed by an operator's command
+    expired: int  # removed by max_age
+    failures: int  # failed attempts in a row, now
+    next_attempt_seconds: float  # until the next attempt is allowed, 0 if it is
+    last_error: str  # of the last failed attempt, "" if there never was one
+    last_error_age_seconds: float | None
+    size_on_disk: int  # bytes
+
+    @property
+    def balanced(self) -> bool:
+        """Whether the books balance; they do, unless somebody else wrote into the database."""
+        left = self.delivered + self.dead + self.erased + self.expired
+        return self.pending >= 0 and self.dead >= 0 and self.accepted == left + self.pending

@@ -1,0 +1,116 @@
+"""The thread that keeps an outbox's files in order: syncs, checkpoints, space given back.
+
+It bounds what a power cut takes with `synchronous="NORMAL"`, keeps checkpoints off the callers' backs, and is asleep
+while nothing is written.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+from segment_durable.clock import Clock
+from segment_durable.db import Database
+from segment_durable.errors import OutboxError
+from segment_durable.limiter import Limiter
+
+__all__ = ["Upkeep"]
+
+log = logging.getLogger("segment.durable.upkeep")
+
+SYNC_SECONDS = 0.25  # from a commit to its sync; with the sync itself well below half a second
+_QUIET_SECONDS = 1.0  # without a write, after which space is given back
+_TIDY_PAGES = 256  # given back in one transaction: half a megabyte, about a millisecond
+_TIDY_BYTES = 4 << 20  # files below this are left as they are
+
+
+class Upkeep:
+    """Looks after `database`; the thread starts at the first write."""
+
+    def __init__(self, database: Database, clock: Clock) -> None:
+        self._database = database
+        self._clock = clock
+        self._written = threading.Event()
+        self._due = threading.Event()  # don't wait for the interval to end
+        self._start_lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._stopping = False
+        self._trouble = Limiter(60.0, clock)
+        database.on_written = self.written
+
+    def written(self) -> None:
+        """Something was committed.  Cheap: it is called after each commit."""
+        if not self._written.is_set():
+            self._written.set()
+            if self._thread is None:
+                self._start()
+        if self._database.needs_checkpoint and not self._due.is_set():
+            self._due.set()
+
+    def stop(self, timeout: float) -> bool:
+        """Bring everything to the disk and end the thread; whether it ended within `timeout` seconds."""
+        self._database.on_written = _nothing
+        self._stopping = True
+        self._written.set()
+        self._due.set()
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(timeout)
+        self._sync()
+        return thread is None or not thread.is_alive()
+
+    def _start(self) -> None:
+        with self._start_lock:
+            if self._thread is not None or self._stopping:
+                return
+            thread = threading.Thread(target=self._run, name="segment-durable-upkeep", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # the interpreter exits and starts no more threads
+                self._sync()
+                self._written.clear()
+                return
+            self._thread = thread
+
+    def _run(self) -> None:
+        while not self._stopping:
+            self._written.wait()
+            self._clock.wait(self._due, SYNC_SECONDS)
+            self._due.clear()
+            self._written.clear()
+            self._sync()
+            if self._stopping:
+                return
+            if not self._clock.wait(self._written, _QUIET_SECONDS) and self._is_untidy():
+                self._tidy()
+
+    def _sync(self) -> None:
+        try:
+            if self._database.needs_checkpoint:
+                self._database.checkpoint()
+            elif self._database.is_unsynced:
+                self._database.sync()
+        except OutboxError as problem:
+            self._complain(problem)
+
+    def _is_untidy(self) -> bool:
+        return not self._stopping and self._database.size_on_disk() > _TIDY_BYTES
+
+    def _tidy(self) -> None:
+        try:
+            while self._database.give_back_space(_TIDY_PAGES):
+                if self._stopping or self._due.is_set():
+                    return
+            if self._database.wal_bytes() > _TIDY_BYTES // 4:
+                self._database.checkpoint(truncate=True)
+        except OutboxError as problem:
+            self._complain(problem)
+
+    def _complain(self, problem: OutboxError) -> None:
+        times = self._trouble.tick()
+        if times:
+            log.error("the outbox's files can't be kept in order (%d times): %s", times, problem)
+
+
+def _nothing() -> None:
+    pass

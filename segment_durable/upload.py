@@ -1,0 +1,88 @@
+"""A batch's bytes in, one `Outcome` out: the envelope, the headers, the credentials and one request."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+from typing import Protocol
+
+from segment_durable.answers import Kind, Outcome, classify, unanswered
+from segment_durable.batch import envelope
+from segment_durable.clock import Clock, utc_timestamp
+from segment_durable.config import Config
+from segment_durable.transport import Transport, TransportError
+from segment_durable.version import VERSION
+
+__all__ = ["USER_AGENT", "TokenRefused", "TokenSource", "Uploader"]
+
+USER_AGENT = f"segment-durable/{VERSION}"
+GZIP_LEVEL = 3
+
+
+class TokenRefused(Exception):
+    """There is no token to be had now; `outcome` says what that means for the batch."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        super().__init__(outcome.message)
+        self.outcome = outcome
+
+
+class TokenSource(Protocol):
+    """What OAuth is to an uploader; `oauth.Tokens` is it.  A protocol, so that cryptography loads for OAuth only."""
+
+    def token(self, transport: Transport, timeout: float) -> str: ...
+
+    def invalidate(self, token: str) -> None: ...
+
+
+class Uploader:
+    """Posts batches for one sender.  `tokens`: None means Basic auth with the write key."""
+
+    def __init__(self, config: Config, transport: Transport, tokens: TokenSource | None, clock: Clock) -> None:
+        assert config.write_key is not None
+        self._url = f"{config.host}/v1/batch"
+        self._write_key = config.write_key
+        self._gzip = config.gzip
+        self._timeout = float(config.timeout)
+        self._transport = transport
+        self._tokens = tokens
+        self._clock = clock
+        self._basic = "Basic " + base64.b64encode(f"{config.write_key}:".encode()).decode()
+
+    def upload(self, events: bytes, attempt: int, *, within: float | None = None) -> Outcome:
+        """Post the joined `events`; never raises for what the network does.
+
+        `attempt` is how many attempts there were before.  `within`: seconds for each wait, if less than the
+        `timeout` setting.
+        """
+        timeout = self._timeout if within is None else max(0.001, min(self._timeout, within))
+        if self._tokens is None:
+            return self._post(events, attempt, self._basic, timeout)
+        try:
+            token = self._tokens.token(self._transport, timeout)
+            outcome = self._post(events, attempt, f"Bearer {token}", timeout)
+            if outcome.kind is Kind.UNAUTHORISED:
+                self._tokens.invalidate(token)
+                token = self._tokens.token(self._transport, timeout)
+                outcome = self._post(events, attempt + 1, f"Bearer {token}", timeout)
+            return outcome
+        except TokenRefused as refused:
+            return refused.outcome
+
+    def close(self) -> None:
+        self._transport.close()
+
+    def _post(self, events: bytes, attempt: int, authorization: str, timeout: float) -> Outcome:
+        # Segment takes an event's time to be receivedAt - (sentAt - timestamp): sentAt is that of this very attempt.
+        body = envelope(events, utc_timestamp(self._clock.time()), self._write_key)
+        headers = {"Content-Type": "application/json", "User-Agent": USER_AGENT, "Authorization": authorization}
+        if attempt:
+            headers["X-Retry-Count"] = str(attempt)
+        if self._gzip:
+            headers["Content-Encoding"] = "gzip"
+            body = gzip.compress(body, GZIP_LEVEL, mtime=0)
+        try:
+            response = self._transport.post(self._url, headers, body, timeout)
+        except TransportError as problem:
+            return unanswered(problem)
+        return classify(response, self._clock.time())

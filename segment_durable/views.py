@@ -1,0 +1,69 @@
+"""What an outbox can be asked by anyone who has a connection to it, also a read-only one."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable
+from typing import Any
+
+from segment_durable.clock import Clock
+from segment_durable.records import Backoff, OutboxStats
+
+__all__ = ["TOTALS", "read_backoff", "read_stats"]
+
+_REBOOT_CAP = 300.0  # seconds that a wait from before a reboot may have left
+
+TOTALS = """
+SELECT max(last_id, ifnull((SELECT max(id) FROM event), 0)), (SELECT min(id) FROM event),
+       delivered, buried, erased, expired, requeued, dead_erased
+FROM state
+"""
+
+
+def read_backoff(connection: sqlite3.Connection, clock: Clock) -> Backoff:
+    """The shared backoff, its times on the boot clock of now even if the machine was restarted since."""
+    row = connection.execute("SELECT * FROM backoff").fetchone()
+    _, boot_id, not_before, not_before_wall, told, failures = row[:6]
+    first_failure, first_throttle, reported, last_error, last_error_at = row[6:]
+    if boot_id != clock.boot_id() and not_before_wall:
+        now = clock.boot()
+        not_before = now + min(max(0.0, not_before_wall - clock.time()), _REBOOT_CAP)
+        first_failure = None if first_failure is None else now
+        first_throttle = None if first_throttle is None else now
+    return Backoff(
+        *(not_before, bool(told), failures, first_failure, first_throttle),
+        *(bool(reported), last_error, last_error_at / 1000),
+    )
+
+
+def read_stats(
+    connection: sqlite3.Connection, clock: Clock, size_on_disk: int, is_dead: Callable[[Any, float], bool]
+) -> OutboxStats:
+    """Statistics from one open transaction; `is_dead` tells which leases don't count."""
+    last, first, delivered, buried, erased, expired, requeued, dead_erased = connection.execute(TOTALS).fetchone()
+    now = clock.boot()
+    leased = 0
+    for lease in connection.execute("SELECT * FROM lease").fetchall():
+        if not is_dead(lease, now):
+            span = (lease[0], lease[1])
+            leased += connection.execute("SELECT count(*) FROM event WHERE id BETWEEN ? AND ?", span).fetchone()[0]
+    oldest = None
+    if first is not None:
+        (appended_at,) = connection.execute("SELECT appended_at FROM event WHERE id = ?", (first,)).fetchone()
+        oldest = max(0.0, clock.time() - appended_at / 1000)
+    backoff = read_backoff(connection, clock)
+    return OutboxStats(
+        pending=last - delivered - buried - erased - expired,
+        leased=leased,
+        dead=buried - requeued - dead_erased,
+        oldest_age_seconds=oldest,
+        accepted=last - requeued,
+        delivered=delivered,
+        erased=erased + dead_erased,
+        expired=expired,
+        failures=backoff.failures,
+        next_attempt_seconds=max(0.0, backoff.not_before - now),
+        last_error=backoff.last_error,
+        last_error_age_seconds=max(0.0, clock.time() - backoff.last_error_at) if backoff.last_error_at else None,
+        size_on_disk=size_on_disk,
+    )

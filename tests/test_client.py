@@ -1,0 +1,368 @@
+"""The client as a whole: limits, callbacks, flush, join, shutdown, sharing, in every mode."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import segment_durable as analytics_module
+from segment_durable import Client, ConfigError, OutboxFull, SourceMismatch, engine
+from segment_durable.clock import SystemClock
+from segment_durable.outbox import Outbox
+from segment_durable.testing import Answer, Hang, Receiver
+
+MakeClient = Callable[..., Client]
+
+
+def names(receiver: Receiver) -> list[Any]:
+    return [event.get("event") for event in receiver.unique]
+
+
+def sender_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("segment-durable")]
+
+
+def test_events_arrive_once_in_order_and_leave_the_outbox(make_client: MakeClient, receiver: Receiver) -> None:
+    client = make_client()
+    for i in range(250):
+        assert client.track("u", str(i))[0] is True
+    assert client.flush(10) is True
+    stats = client.stats()
+    assert (stats.accepted, stats.delivered, stats.pending) == (250, 250, 0)
+    assert names(receiver) == [str(i) for i in range(250)]
+    assert receiver.duplicates == 0
+
+
+def test_a_batch_goes_out_without_a_flush_after_upload_interval(make_client: MakeClient, receiver: Receiver) -> None:
+    client = make_client(upload_interval=0.01)
+    client.track("u", "alone")
+    assert receiver.wait_for(1, timeout=5)
+
+
+def test_a_full_batch_does_not_wait_for_upload_interval(make_client: MakeClient, receiver: Receiver) -> None:
+    client = make_client(upload_interval=3600, upload_size=10)
+    for i in range(20):
+        client.track("u", str(i))
+    assert receiver.wait_for(20, timeout=5)
+    assert {len(batch.events) for batch in receiver.batches} == {10}
+
+
+def test_what_an_earlier_process_left_goes_out_when_a_client_is_made(
+    make_client: MakeClient, receiver: Receiver
+) -> None:
+    earlier = make_client(deliver=False)
+    earlier.track("u", "left behind")
+    earlier.shutdown()
+    assert receiver.requests == ()
+    make_client()
+    assert receiver.wait_for(1, timeout=5)
+
+
+def test_a_full_outbox_refuses_and_says_so_once_a_second(
+    make_client: MakeClient, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class HandSet(SystemClock):
+        now = 100.0
+
+        def boot(self) -> float:
+            return self.now
+
+    clock = HandSet()
+    monkeypatch.setattr(engine, "SystemClock", lambda: clock)
+    errors: list[tuple[Exception, list[Any]]] = []
+    client = make_client(max_queue_size=3, deliver=False, on_error=lambda error, items: errors.append((error, items)))
+    assert [client.track("u", str(i))[0] for i in range(1000)] == [True] * 3 + [False] * 997
+    assert len([record for record in caplog.records if "full" in record.getMessage()]) == 1
+    ((error, items),) = errors
+    assert isinstance(error, OutboxFull)
+    assert error.limit == 3
+    assert [item["event"] for item in items] == ["3"]
+    clock.now += 1.5
+    client.track("u", "later")
+    assert len(errors) == 2
+    assert isinstance(errors[1][0], OutboxFull)
+    assert errors[1][0].refused == 997
+    assert client.stats().pending == 3
+
+
+def test_max_queue_size_0_means_no_limit(make_client: MakeClient) -> None:
+    client = make_client(max_queue_size=0, deliver=False)
+    assert all(client.track("u", str(i))[0] for i in range(50))
+
+
+def test_a_raising_callback_changes_nothing(
+    make_client: MakeClient, receiver: Receiver, caplog: pytest.LogCaptureFixture
+) -> None:
+    def boom(*_: Any) -> None:
+        raise RuntimeError("of the user's own")
+
+    client = make_client(on_error=boom, on_success=boom, max_retries=0)
+    receiver.script(Answer(503))
+    client.track("u", "one")
+    client.flush(10)
+    assert client.flush(10) is True
+    client.track("u", "two")
+    assert client.flush(10) is True
+    assert names(receiver) == ["one", "two"]
+    assert "on_error raised" in caplog.text
+    assert "on_success raised" in caplog.text
+
+
+def test_a_callback_may_call_the_client_again(make_client: MakeClient, receiver: Receiver) -> None:
+    def on_success(items: list[dict[str, Any]]) -> None:
+        for item in items:
+            if item["event"] == "first":
+                client.track("u", "second")
+                client.stats()
+
+    client = make_client(on_success=on_success, upload_interval=0)
+    client.track("u", "first")
+    assert receiver.wait_for(2, timeout=5)
+    assert names(receiver) == ["first", "second"]
+
+
+def test_before_send_may_change_or_drop_a_copy(make_client: MakeClient, receiver: Receiver) -> None:
+    properties = {"password": "secret", "n": 1}
+
+    def before_send(message: dict[str, Any]) -> dict[str, Any] | None:
+        if message["event"] == "drop":
+            return None
+        del message["properties"]["password"]
+        return message
+
+    client = make_client(before_send=before_send)
+    assert client.track("u", "keep", properties)[0] is True
+    assert client.track("u", "drop", properties)[0] is False
+    client.flush(10)
+    assert properties == {"password": "secret", "n": 1}
+    assert [event["properties"] for event in receiver.events] == [{"n": 1}]
+
+
+def test_before_send_that_raises_leaves_the_message_as_it_was(make_client: MakeClient, receiver: Receiver) -> None:
+    def before_send(message: dict[str, Any]) -> dict[str, Any] | None:
+        message.clear()
+        raise RuntimeError
+
+    client = make_client(before_send=before_send)
+    assert client.track("u", "e", {"a": 1})[0] is True
+    client.flush(10)
+    assert receiver.events[0]["properties"] == {"a": 1}
+
+
+# -- flush, join, shutdown
+
+MODES: list[dict[str, Any]] = [{}, {"send": False}, {"deliver": False}, {"sync_mode": True}, {"thread": 3}]
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("order", list(itertools.permutations(["flush", "join", "shutdown"])), ids="-".join)
+def test_flush_join_and_shutdown_twice_in_any_order(
+    make_client: MakeClient, receiver: Receiver, mode: dict[str, Any], order: tuple[str, ...]
+) -> None:
+    client = make_client(**mode)
+    for name in (*order, *order):
+        assert client.track("u", name)[0] is True
+        for _ in range(2):
+            assert getattr(client, name)() in (None, True, False)
+    expected = [] if mode.get("send") is False or mode.get("deliver") is False else list(order) * 2
+    if expected:
+        assert client.flush(10) is True
+    assert [event["event"] for event in receiver.unique] == expected
+    client.shutdown()
+    assert sender_threads() == []
+
+
+def test_a_client_is_a_context_manager_that_flushes(make_client: MakeClient, receiver: Receiver) -> None:
+    with make_client() as client:
+        client.track("u", "e")
+    assert names(receiver) == ["e"]
+    assert sender_threads() == []
+
+
+def test_flush_times_out_while_the_receiver_hangs_and_loses_nothing(
+    make_client: MakeClient, receiver: Receiver
+) -> None:
+    receiver.script(Hang())
+    client = make_client()
+    client.track("u", "e")
+    started = time.monotonic()
+    assert client.flush(0.2) is False
+    assert 0.1 < time.monotonic() - started < 5
+    assert client.stats().pending == 1
+    receiver.release()
+    assert client.flush(10) is True
+    assert names(receiver) == ["e"]
+
+
+def test_flush_gives_up_when_the_retry_budget_is_used_up(make_client: MakeClient, receiver: Receiver) -> None:
+    errors: list[Any] = []
+    receiver.always(Answer(503, body={"code": "down", "message": "for now"}))
+    client = make_client(max_retries=1, on_error=lambda error, items: errors.append((error.status, items)))
+    client.track("u", "e")
+    assert client.flush() is False
+    assert [(status, [item["event"] for item in items]) for status, items in errors] == [(503, ["e"])]
+    assert client.stats().pending == 1
+    assert "down" in client.stats().last_error
+    receiver.always(None)
+    assert client.flush() is True
+    assert names(receiver) == ["e"]
+    assert client.stats().failures == 0
+
+
+def test_shutdown_leaves_on_disk_what_does_not_go_in_time(
+    make_client: MakeClient, receiver: Receiver, tmp_path: Path
+) -> None:
+    receiver.always(Hang())
+    client = make_client()
+    client.track("u", "e")
+    assert client.shutdown(0.1) is False
+    receiver.always(None)
+    receiver.release()
+    other = make_client()
+    assert other.flush(10) is True
+    assert names(receiver) == ["e"]
+
+
+def test_a_call_after_shutdown_opens_everything_again(make_client: MakeClient, receiver: Receiver) -> None:
+    client = make_client()
+    client.shutdown()
+    assert client.track("u", "after")[0] is True
+    assert client.flush(10) is True
+    assert names(receiver) == ["after"]
+
+
+def test_starting_and_stopping_from_many_threads_at_once_loses_nothing(
+    make_client: MakeClient, receiver: Receiver
+) -> None:
+    client = make_client(upload_interval=0)
+    failures: list[Any] = []
+
+    def work(name: str) -> None:
+        for i in range(40):
+            if not client.track(name, str(i))[0]:
+                failures.append((name, i))
+            if i % 7 == 0:
+                client.shutdown(0.05)
+            if i % 5 == 0:
+                client.join()
+            if i % 3 == 0:
+                client.flush(0.05)
+
+    threads = [threading.Thread(target=work, args=(f"t{n}",)) for n in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert failures == []
+    assert client.flush(20) is True
+    for n in range(6):
+        mine = [event["event"] for event in receiver.unique if event["userId"] == f"t{n}"]
+        assert mine == [str(i) for i in range(40)]
+    assert client.stats().balanced
+
+
+# -- sync_mode, deliver=False
+
+
+def test_sync_mode_has_no_sender_and_keeps_what_fails(make_client: MakeClient, receiver: Receiver) -> None:
+    errors: list[Exception] = []
+    client = make_client(sync_mode=True, max_retries=0, on_error=lambda error, items: errors.append(error))
+    receiver.stop()
+    assert client.track("u", "one")[0] is True
+    assert len(errors) == 1
+    assert client.stats().pending == 1
+    receiver.start()
+    assert client.track("u", "two")[0] is True
+    assert names(receiver) == ["one", "two"]
+    assert client.stats().pending == 0
+    assert [thread for thread in sender_threads() if "sender" in thread.name] == []
+
+
+def test_deliver_false_appends_for_another_process(make_client: MakeClient, receiver: Receiver) -> None:
+    client = make_client(deliver=False)
+    client.track("u", "e")
+    assert client.flush() is False
+    assert client.flush(0.05) is False
+    assert [thread for thread in sender_threads() if "sender" in thread.name] == []
+    assert receiver.requests == ()
+    make_client()
+    assert client.flush(10) is True
+
+
+# -- several clients
+
+
+def test_clients_on_one_outbox_share_its_sender(make_client: MakeClient, receiver: Receiver) -> None:
+    one, two = make_client(), make_client()
+    one.track("u", "1")
+    two.track("u", "2")
+    assert len([thread for thread in sender_threads() if "sender" in thread.name]) == 1
+    one.shutdown()
+    assert two.track("u", "3")[0] is True
+    assert two.flush(10) is True
+    assert names(receiver) == ["1", "2", "3"]
+
+
+def test_clients_with_different_hosts_cannot_share_an_outbox(make_client: MakeClient) -> None:
+    make_client()
+    with pytest.raises(ConfigError, match="host differs"):
+        make_client(host="http://127.0.0.1:9")
+
+
+def test_another_write_key_is_refused(make_client: MakeClient, tmp_path: Path) -> None:
+    make_client("one-key").shutdown()
+    with pytest.raises(SourceMismatch, match="outbox_dir") as caught:
+        make_client("other-key")
+    assert "one-key" not in str(caught.value)
+    assert "other-key" not in str(caught.value)
+
+
+def test_a_client_for_each_source(make_client: MakeClient, receiver: Receiver, tmp_path: Path) -> None:
+    clients = [make_client(f"key-{n}", outbox_dir=tmp_path / str(n)) for n in range(3)]
+    for n, client in enumerate(clients):
+        client.track("u", str(n))
+    for client in clients:
+        assert client.flush(10) is True
+    keys = {batch.headers["authorization"] for batch in receiver.batches}
+    assert len(keys) == 3
+
+
+def test_many_clients_leave_no_threads_and_no_handlers(make_client: MakeClient) -> None:
+    handlers = list(logging.getLogger("segment").handlers)
+    for _ in range(20):
+        client = make_client(debug=True)
+        client.track("u", "e")
+        client.shutdown()
+    assert sender_threads() == []
+    assert logging.getLogger("segment").handlers == handlers
+
+
+# -- trouble with the disk
+
+
+def test_a_call_never_raises_for_the_disk(
+    make_client: MakeClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    errors: list[Exception] = []
+    client = make_client(deliver=False, on_error=lambda error, items: errors.append(error))
+    assert client.track("u", "fine")[0] is True
+
+    def broken(self: Outbox, *_: Any) -> bool:
+        raise analytics_module.StorageError("the outbox can't be used: disk I/O error", "SQLITE_IOERR")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Outbox, "put", broken)
+        for _ in range(100):
+            assert client.track("u", "not fine")[0] is False
+    assert len(errors) == 1
+    assert len([record for record in caplog.records if "can't be written" in record.getMessage()]) == 1
+    assert client.track("u", "fine again")[0] is True
+    assert client.stats().pending == 2
