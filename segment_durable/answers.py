@@ -82,27 +82,26 @@ def unanswered(problem: TransportError) -> Outcome:
 
 
 def told_wait(headers: Mapping[str, str], now: float) -> float:
-    """Seconds to wait by Retry-After (seconds or an HTTP date) or X-RateLimit-Reset (seconds), at most 300.
+    """Seconds to wait by Retry-After or X-RateLimit-Reset, at most 300.
 
-    0 means that neither says so, or not in a form that can be read.
+    Either may hold a number of seconds, an HTTP date or seconds since 1970.  0 means that neither says so, or not in a
+    form that can be read, or that it is over.
     """
     for name in ("Retry-After", "X-RateLimit-Reset"):
         text = headers.get(name, "").strip()
         if not text:
             continue
         seconds = _number(text)
-        if seconds is None:
-            seconds = _seconds_until(text, headers.get("Date", ""), now)
-        elif seconds > _EPOCH:
-            seconds -= now
+        if seconds is None or seconds > _EPOCH:
+            seconds = _seconds_until(_http_date(text) if seconds is None else seconds, headers.get("Date", ""), now)
         if seconds is not None and seconds > 0:
             return min(seconds, MAX_TOLD_WAIT)
     return 0.0
 
 
 def _number(text: str) -> float | None:
-    if not text.isascii():
-        return None  # float() takes digits of any script
+    if not text.isascii() or "_" in text:
+        return None  # float() takes digits of any script, and Python's own way to group them
     try:
         seconds = float(text)
     except ValueError:
@@ -110,9 +109,8 @@ def _number(text: str) -> float | None:
     return seconds if isfinite(seconds) else None
 
 
-def _seconds_until(text: str, date: str, now: float) -> float | None:
+def _seconds_until(until: float | None, date: str, now: float) -> float | None:
     """From the answer's own Date if it has one: then it does not matter that our clock is wrong."""
-    until = _http_date(text)
     if until is None:
         return None
     sent = _http_date(date)

@@ -32,7 +32,7 @@ def pack(rows: Sequence[Row], write_key: str, max_events: int) -> Batch:
     """
     room = MAX_BATCH_BYTES - len(envelope(b"", _SENT_AT, write_key))
     taken: list[bytes] = []
-    for row in rows[: min(max_events, MAX_BATCH_EVENTS)]:
+    for row in rows[: max(1, min(max_events, MAX_BATCH_EVENTS))]:
         room -= len(row.body) + (1 if taken else 0)
         if room < 0 and taken:
             break

@@ -193,22 +193,21 @@ class Client:
         """
         if not self._config.send:
             return True
-        try:
-            engine = self._live()
-            if self._delivers:
-                return engine.sender.flush(timeout)
-            target = engine.outbox.last_id()
-            if self._config.deliver:  # sync_mode
-                return engine.sender.drain(target, None if timeout is None else engine.clock.boot() + timeout)
-            return engine.sender.wait_for_others(target, timeout or 0.0)
-        except OutboxError as problem:
-            log.error("flush: %s", problem)
-            return False
+        while True:
+            engine = None
+            try:
+                engine = self._live()
+                return self._flush(engine, timeout)
+            except OutboxError as problem:
+                if engine is not None and engine.closed:
+                    continue  # by another thread's shutdown(): its files are closed, so another one is attached
+                log.error("flush: %s", problem)
+                return False
 
     def join(self) -> None:
         """End the sender once the upload that it is at is over; does not flush.  A later call starts it again."""
         if self._engine is not None:
-            self._engine.sender.stop(None, _nothing)
+            self._engine.sender.stop(2 * self._config.timeout, _nothing)
 
     def shutdown(self, timeout: float | None = None) -> bool:
         """Flush, end the sender and close the files; True if all that was pending has left the outbox.
@@ -219,11 +218,13 @@ class Client:
         engine = self._engine
         if engine is None or engine.pid != getpid():
             return True
-        end = None if timeout is None else engine.clock.boot() + timeout
+        clock = engine.clock
+        end = None if timeout is None else clock.boot() + timeout
         flushed = self.flush(timeout)
-        self._engine = None
-        remaining = None if end is None else max(0.0, end - engine.clock.boot())
-        engines.detach(engine, self._member, remaining if flushed or end is not None else 0.0)
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            patience = 2 * self._config.timeout if end is None else max(0.0, end - clock.boot())
+            engines.detach(engine, self._member, patience)
         return flushed
 
     def stats(self) -> OutboxStats:
@@ -238,6 +239,14 @@ class Client:
     ) -> None:
         self.shutdown()
 
+    def _flush(self, engine: engines.Engine, timeout: float | None) -> bool:
+        if self._delivers:
+            return engine.sender.flush(timeout)
+        target = engine.outbox.last_id()
+        if self._config.deliver:  # sync_mode
+            return engine.sender.drain(target, None if timeout is None else engine.clock.boot() + timeout)
+        return engine.sender.wait_for_others(target, timeout or 0.0)
+
     @property
     def _delivers(self) -> bool:
         """Whether a sender thread delivers for this client."""
@@ -249,7 +258,7 @@ class Client:
 
     def _live(self) -> engines.Engine:
         engine = self._engine
-        if engine is None or engine.pid != getpid():
+        if engine is None or engine.closed or engine.pid != getpid():
             return self._attach()
         return engine
 
@@ -292,7 +301,16 @@ class Client:
             engine.deliver_now()
         elif config.deliver:
             engine.sender.appended()
+            if engine.closed:
+                self._resume()
         return True, message
+
+    def _resume(self) -> None:
+        """Another thread shut the client down while this one appended: the event is not to wait for the next call."""
+        try:
+            self._live().sender.start()
+        except OutboxError as problem:
+            log.error("the event is on disk and waits for the next start: %s", problem)
 
     def _unattached(self, problem: OutboxError, message: dict[str, Any]) -> None:
         """The outbox was fine at construction and can't be opened again now, in a forked child or after a shutdown."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -17,6 +16,7 @@ from segment_durable.errors import ConfigError, OutboxUnavailable
 __all__ = ["DEFAULTS", "DEFAULT_HOST", "Config", "default_outbox_dir"]
 
 DEFAULT_HOST = "https://api.segment.io"
+_FOREVER = 1e9  # seconds, 31 years: what infinity and other absurd times are cut to; the system's clocks take no more
 ENVIRONMENT_DIR = "SEGMENT_DURABLE_DIR"
 
 Message = dict[str, Any]
@@ -60,7 +60,9 @@ class Config:
 
     def __post_init__(self) -> None:
         self._check_write_key()
-        object.__setattr__(self, "host", _url("host", self.host or DEFAULT_HOST))
+        object.__setattr__(
+            self, "host", _url("host", DEFAULT_HOST if self.host is None or self.host == "" else self.host)
+        )
         object.__setattr__(self, "oauth_auth_server", _url("oauth_auth_server", self.oauth_auth_server))
         for name in ("debug", "send", "gzip", "sync_mode", "deliver"):
             object.__setattr__(self, name, _flag(name, getattr(self, name)))
@@ -68,11 +70,9 @@ class Config:
             _whole(name, getattr(self, name), least)
         _whole("max_dead_letters", self.max_dead_letters, 0)
         for name in ("upload_interval", "max_total_backoff_duration", "max_rate_limit_duration", "shutdown_timeout"):
-            _seconds(name, getattr(self, name), zero=True)
-        for name in ("timeout", "lease_seconds"):
-            _seconds(name, getattr(self, name), zero=False)
-        if self.max_age is not None:
-            _seconds("max_age", self.max_age, zero=False)
+            object.__setattr__(self, name, _seconds(name, getattr(self, name), zero=True))
+        for name in ("timeout", "lease_seconds", *(["max_age"] if self.max_age is not None else [])):
+            object.__setattr__(self, name, _seconds(name, getattr(self, name), zero=False))
         for name in ("on_error", "on_success", "before_send"):
             if getattr(self, name) is not None and not callable(getattr(self, name)):
                 raise ConfigError(name, f"must be callable or None, not {_kind(getattr(self, name))}")
@@ -81,8 +81,8 @@ class Config:
         self._check_oauth()
         if self.log_handler is not None and not isinstance(self.log_handler, logging.Handler):
             raise ConfigError("log_handler", f"must be a logging.Handler or None, not {_kind(self.log_handler)}")
-        if self.outbox_dir is not None and not isinstance(self.outbox_dir, (str, os.PathLike)):
-            raise ConfigError("outbox_dir", f"must be a path or None, not {_kind(self.outbox_dir)}")
+        if self.outbox_dir is not None:
+            _check_path("outbox_dir", self.outbox_dir)
 
     @property
     def uses_oauth(self) -> bool:
@@ -97,7 +97,7 @@ class Config:
         """The folder of this source's outbox, absolute.  Raises `OutboxUnavailable` if the user has no home."""
         assert self.write_key is not None
         if self.outbox_dir is not None:
-            return Path(os.path.abspath(os.path.expanduser(self.outbox_dir)))
+            return _absolute(os.fspath(self.outbox_dir))
         return default_outbox_dir(self.write_key)
 
     def _check_write_key(self) -> None:
@@ -110,7 +110,8 @@ class Config:
     def _check_synchronous(self) -> None:
         value = self.synchronous
         if not isinstance(value, str) or value.upper() not in ("NORMAL", "FULL"):
-            raise ConfigError("synchronous", 'must be "NORMAL" or "FULL"')
+            what = "" if isinstance(value, str) else f", not {_kind(value)}"
+            raise ConfigError("synchronous", f'must be "NORMAL" or "FULL"{what}')
         object.__setattr__(self, "synchronous", value.upper())
 
     def _check_proxies(self) -> None:
@@ -122,8 +123,14 @@ class Config:
             raise ConfigError("proxies", 'must map schemes to URLs, such as {"https": "http://proxy:3128"}')
 
     def _check_oauth(self) -> None:
+        if not isinstance(self.oauth_scope, str) or not self.oauth_scope:
+            raise ConfigError(
+                "oauth_scope", f'must be a str such as "tracking_api:write", not {_kind(self.oauth_scope)}'
+            )
         parts = {name: getattr(self, name) for name in ("oauth_client_id", "oauth_client_key", "oauth_key_id")}
-        missing = [name for name, value in parts.items() if value is None or value in ("", b"")]
+        missing = [
+            name for name, value in parts.items() if value is None or (isinstance(value, (str, bytes)) and not value)
+        ]
         if missing and len(missing) < len(parts):
             raise ConfigError(missing[0], f"is missing: OAuth needs {', '.join(parts)}, all or none of them")
         if missing:
@@ -134,7 +141,10 @@ class Config:
             if not isinstance(parts[name], str):
                 raise ConfigError(name, f"must be a str, not {_kind(parts[name])}")
         if not isinstance(parts["oauth_client_key"], (str, bytes, os.PathLike)):
-            raise ConfigError("oauth_client_key", "must be the private key as PEM text or bytes, or a path to it")
+            what = _kind(parts["oauth_client_key"])
+            raise ConfigError(
+                "oauth_client_key", f"must be the private key as PEM text or bytes, or a path, not {what}"
+            )
 
 
 DEFAULTS: dict[str, Any] = {each.name: each.default for each in fields(Config)}
@@ -152,15 +162,28 @@ def default_outbox_dir(write_key: str) -> Path:
     base = os.environ.get(ENVIRONMENT_DIR)
     if not base:
         base = platformdirs.user_state_dir("segment-durable", appauthor=False)
-        if not os.path.isabs(base):  # "~" was not expanded: no HOME and no entry in the user database
-            raise OutboxUnavailable(
-                base, f"this user has no home folder: set outbox_dir, or {ENVIRONMENT_DIR}, to a folder on a local disk"
-            )
-    return Path(os.path.abspath(os.path.expanduser(base))) / source
+    return _absolute(base) / source
+
+
+def _absolute(path: str) -> Path:
+    whole = os.path.expanduser(path)
+    if whole.startswith("~"):  # not expanded: no HOME and no entry in the user database, or no such user
+        raise OutboxUnavailable(
+            path, f"there is no such home folder: set outbox_dir, or {ENVIRONMENT_DIR}, to a folder on a local disk"
+        )
+    return Path(os.path.abspath(whole))
 
 
 def _kind(value: object) -> str:
     return type(value).__name__
+
+
+def _check_path(name: str, value: object) -> None:
+    path = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
+    if not isinstance(path, str):
+        raise ConfigError(name, f"must be a path or None, not {_kind(value)}")
+    if not path.strip() or "\0" in path:
+        raise ConfigError(name, "must be the path of a folder; None means the default one")
 
 
 def _url(name: str, value: object) -> str:
@@ -174,9 +197,15 @@ def _url(name: str, value: object) -> str:
         port = parts.port
     except ValueError:
         raise ConfigError(name, f"is not a URL: use one such as {DEFAULT_HOST}") from None
-    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0 or any(c.isspace() for c in text):
+    if (
+        parts.scheme not in ("http", "https")
+        or not parts.hostname
+        or port == 0
+        or not text.isprintable()
+        or " " in text
+    ):
         raise ConfigError(name, f"must be an http or https URL such as {DEFAULT_HOST}")
-    if parts.query or parts.fragment or parts.username or parts.password:
+    if any(each in text for each in "?#@\\"):
         raise ConfigError(name, f"must have no user, query or fragment: use one such as {DEFAULT_HOST}")
     return text.rstrip("/")
 
@@ -190,12 +219,14 @@ def _flag(name: str, value: object) -> bool:
 def _whole(name: str, value: object, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**62:
         hint = "; 0 means no limit" if name == "max_queue_size" else ""
-        raise ConfigError(name, f"must be a whole number of at least {least}{hint}")
+        what = "" if type(value) is int else f", not {_kind(value)}"
+        raise ConfigError(name, f"must be a whole number of at least {least}{hint}{what}")
 
 
-def _seconds(name: str, value: object, *, zero: bool) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value < 0 or (value == 0 and not zero):  # type: ignore[arg-type, operator]
-        # "non-negative number" is how upstream words it for the two durations.
-        rule = "must be a non-negative number" if zero else "must be a number above 0"
-        raise ConfigError(name, f"{rule} of seconds, not {_kind(value) if not number else value}")
+def _seconds(name: str, value: object, *, zero: bool) -> float:
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and (value > 0 or (zero and value == 0)):
+        return min(value, _FOREVER)
+    # "non-negative number" is how upstream words it for the two durations.
+    rule = "must be a non-negative number" if zero else "must be a number above 0"
+    found = f"{value:g}" if type(value) is float else "that" if type(value) is int else _kind(value)
+    raise ConfigError(name, f"{rule} of seconds, not {found}")

@@ -9,7 +9,6 @@ import stat
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
-from urllib.parse import quote
 
 from segment_durable.errors import NotAnOutbox, OutboxUnavailable, StorageError
 
@@ -20,7 +19,6 @@ __all__ = [
     "connect",
     "hold_inherited_locks",
     "make_folder",
-    "open_readonly",
     "roll_back",
     "storage_error",
     "sync_file",
@@ -112,34 +110,6 @@ def hold_inherited_locks(path: Path) -> list[int]:
         held.append(fd)
         fcntl.lockf(fd, fcntl.LOCK_SH | fcntl.LOCK_NB, length, first)
     return held
-
-
-def open_readonly(folder: Path) -> sqlite3.Connection:
-    """A connection that only reads, for inspection; safe beside running processes.
-
-    Raises `OutboxUnavailable` if there is no outbox in `folder`, and `NotAnOutbox` if there is something else.
-    """
-    path = folder / DATABASE_NAME
-    if not path.is_file():
-        raise OutboxUnavailable(folder, f"there is no outbox here ({DATABASE_NAME} is missing)")
-    uri = f"file:{quote(str(path.absolute()))}"
-    # Without a WAL there is nothing a read-only mount would have to be written for.
-    idle = not os.path.exists(f"{path}-wal") and not os.access(folder, os.W_OK)
-    try:
-        connection = sqlite3.connect(
-            f"{uri}?immutable=1" if idle else f"{uri}?mode=ro", uri=True, timeout=BUSY_TIMEOUT, isolation_level=None
-        )
-        try:
-            connection.execute("PRAGMA query_only=1")
-            _check_identity(connection, path)
-            if connection.execute("PRAGMA user_version").fetchone()[0] < 1:
-                raise NotAnOutbox(path, "is an empty database, not an outbox")
-        except BaseException:
-            connection.close()
-            raise
-    except sqlite3.DatabaseError as problem:
-        raise unavailable(path, problem) from problem
-    return connection
 
 
 def _check_identity(connection: sqlite3.Connection, path: Path) -> None:

@@ -62,8 +62,8 @@ class Database:
         except OSError as problem:
             raise unavailable(folder, problem) from problem
         try:
-            with self._writer():
-                self._open()
+            with self._writer():  # which opens the connection
+                pass
         except BaseException:
             self.close()
             raise

@@ -36,6 +36,16 @@ class Reporter:
 
 
 @dataclass(frozen=True)
+class _Failure:
+    """An attempt that delivered nothing, and what follows from it."""
+
+    error: DeliveryError
+    backoff: Backoff
+    exhausted: bool  # on_error is to be called
+    events: bytes
+
+
+@dataclass(frozen=True)
 class Step:
     """What one step did.
 
@@ -79,7 +89,13 @@ class Delivery:
         self._lease: Lease | None = None
         # Ranges of ids within the lease, the next one last; more than one while a refused batch is being halved.
         self._work: list[tuple[int, int]] = []
-        self._delivered: Batch | None = None  # taken by the receiver, not yet acknowledged in the outbox
+        # Where the ranges ended when an attempt failed in the middle of a halving, which then goes on from there: begun
+        # anew each time, it would never end at a receiver that answers 503 or 429 to every few requests.
+        self._cuts: list[int] = []
+        # What the outbox has still to be told, should it fail: a batch that the receiver took, or a failed attempt.
+        self._delivered: Batch | None = None
+        self._failure: _Failure | None = None
+        self._tried = (0, 0)  # id of the first event of the last failed batch; attempts so far, rate limits included
         self._next_expiry = 0.0
         self._odd_answer = ""
 
@@ -91,6 +107,8 @@ class Delivery:
         """
         if self._delivered is not None:
             return self._ack(self._delivered)
+        if self._failure is not None:
+            return self._release(self._failure)
         if self._lease is None:
             self._expire()
             found = self._outbox.lease(
@@ -99,11 +117,12 @@ class Delivery:
             if isinstance(found, NotNow):
                 return Step(found.reason, seconds=found.seconds, exhausted=found.exhausted)
             self._lease = found
-            self._work = [(found.first, found.last)]
+            self._work = _ranges(found.first, found.last, self._cuts)
         batch = self._next_batch()
         if batch is None:
             return Step("lost")
-        outcome = self._uploader.upload(batch.events, self._lease.attempt, within=within)
+        attempt = max(self._lease.attempt, self._tried[1] if self._tried[0] == batch.first else 0)
+        outcome = self._uploader.upload(batch.events, attempt, within=within)
         if outcome.kind is Kind.DELIVERED:
             self._note_odd_answer(outcome)
             self._delivered = batch
@@ -115,17 +134,19 @@ class Delivery:
             return self._split(batch)
         if decision.action is Action.BURY:
             return self._bury(batch, outcome, before)
-        return self._release(batch, outcome, decision)
+        self._tried = (batch.first, attempt + 1)
+        return self._fail(batch, outcome, decision)
 
     def close(self) -> None:
         """Give up what is leased and close the connections."""
         if self._delivered is not None:
             with contextlib.suppress(OutboxError):
                 self._ack(self._delivered)
+        backoff = None if self._failure is None else self._failure.backoff
         lease = self._drop()
         if lease is not None:
             try:
-                self._outbox.release(lease)
+                self._outbox.release(lease, backoff)
             except OutboxError:
                 self._outbox.forget(lease)
         self._uploader.close()
@@ -143,9 +164,10 @@ class Delivery:
             self._lease = lease = extended
         first, last = self._work[-1]
         rows = self._outbox.rows(first, last, MAX_BATCH_BYTES)
-        if not rows:  # only a lost lease lets somebody else take them away
-            self._drop()
+        if not rows:  # the lease was lost, or an operator erased them
             self._outbox.release(lease)
+            self._drop()
+            self._cuts = []
             return None
         return pack(rows, self._write_key, self._config.upload_size)
 
@@ -161,9 +183,12 @@ class Delivery:
         return Step("delivered", deleted)
 
     def _split(self, batch: Batch) -> Step:
-        _, last = self._work.pop()
         rows = self._outbox.rows(batch.first, batch.last)
+        if len(rows) < 2:  # the others have left meanwhile: the next step sends what remains, or finds the lease lost
+            return Step("split")
         middle = rows[(len(rows) - 1) // 2].id
+        # Only now: a range that was gone from here while its events are still there would be deleted by the next ack.
+        _, last = self._work.pop()
         if batch.last < last:
             self._work.append((batch.last + 1, last))
         self._work += [(middle + 1, batch.last), (batch.first, middle)]
@@ -189,31 +214,34 @@ class Delivery:
             )
             after = replace(before, not_before=self._clock.boot() + _DEAD_LETTERS_FULL_WAIT, told=False, reported=True)
             full = Outcome(outcome.kind, outcome.status, "dead_letters_full", message)
-            return self._release(batch, full, Decision(Action.WAIT, message, after, exhausted=not before.reported))
+            return self._fail(batch, full, Decision(Action.WAIT, message, after, exhausted=not before.reported))
         self._done_through(batch.last)
         log.warning("an event was refused by itself (%d, %s): it is kept in the dead letters", *_said(outcome))
         self._reporter.failed(DeliveryError(outcome.status, outcome.code, outcome.message), [batch.events])
         return Step("buried", 1)
 
-    def _release(self, batch: Batch, outcome: Outcome, decision: Decision) -> Step:
+    def _fail(self, batch: Batch, outcome: Outcome, decision: Decision) -> Step:
         assert decision.backoff is not None
         error = DeliveryError(outcome.status, outcome.code, outcome.message)
         backoff = replace(decision.backoff, last_error=str(error), last_error_at=self._clock.time())
-        lease = self._drop()
-        assert lease is not None
-        try:
-            released = self._outbox.release(lease, backoff)
-        except OutboxError:
-            self._outbox.forget(lease)
-            raise
+        self._failure = _Failure(error, backoff, decision.exhausted, batch.events)
+        return self._release(self._failure)
+
+    def _release(self, failure: _Failure) -> Step:
+        """If the outbox fails here the lease is kept, so that nobody sends before the backoff could be stored."""
+        assert self._lease is not None
+        released = self._outbox.release(self._lease, failure.backoff)
+        self._cuts = [last for _, last in self._work]
+        self._drop()
         if not released:
             return Step("lost")
-        if decision.exhausted:
-            log.error("not delivered, the events stay in the outbox and are tried on: %s", error)
-            self._reporter.failed(error, [batch.events])
+        if failure.exhausted:
+            log.error("not delivered, the events stay in the outbox and are tried on: %s", failure.error)
+            self._reporter.failed(failure.error, [failure.events])
         else:
-            log.info("not delivered, will be tried again: %s", error)
-        return Step("failed", seconds=backoff.not_before - self._clock.boot(), exhausted=backoff.reported)
+            log.info("not delivered, will be tried again: %s", failure.error)
+        backoff = failure.backoff
+        return Step("failed", seconds=max(0.0, backoff.not_before - self._clock.boot()), exhausted=backoff.reported)
 
     def _expire(self) -> None:
         if self._config.max_age is None or self._clock.boot() < self._next_expiry:
@@ -236,6 +264,7 @@ class Delivery:
         lease, self._lease = self._lease, None
         self._work.clear()
         self._delivered = None
+        self._failure = None
         return lease
 
     def _note_odd_answer(self, outcome: Outcome) -> None:
@@ -246,6 +275,12 @@ class Delivery:
             log.warning(
                 "the host answered %d with a page of type %s: check that `host` is Segment's", outcome.status, kind
             )
+
+
+def _ranges(first: int, last: int, cuts: Sequence[int]) -> list[tuple[int, int]]:
+    """The range from `first` to `last`, cut behind each of `cuts` that lies in it; the first one last."""
+    ends = sorted({last, *(cut for cut in cuts if first <= cut < last)})
+    return [(start, end) for start, end in zip([first, *(end + 1 for end in ends)], ends)][::-1]
 
 
 def _said(outcome: Outcome) -> tuple[int, str]:

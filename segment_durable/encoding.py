@@ -1,8 +1,9 @@
 """Anything a user may put into a message, as strict JSON.
 
-The fast path is orjson.  What orjson refuses (lone surrogates, integers over 64 bits, keys that are not text, cycles,
-types it does not know) goes through `plain`, which never raises but for size, and the standard library's encoder.
-Both paths convert single values by the same function, so a value means the same on either.
+The fast path is orjson.  What it refuses (lone surrogates, integers over 64 bits, keys that are not text, types it does
+not know) and what might grow on the way (cycles, sharing, iterators) goes through `plain`, which counts and never
+raises but for size, and the standard library's encoder.  Both paths convert single values by the same function, so a
+value means the same on either.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ import dataclasses
 import json
 import logging
 import math
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence, Set, ValuesView
-from datetime import date, datetime, time, timedelta
+from collections import UserString, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set, ValuesView
+from datetime import date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from enum import Enum
+from io import IOBase
 from itertools import islice
 from numbers import Integral, Real
 from os import PathLike, fspath
@@ -31,14 +33,17 @@ __all__ = ["encode", "plain"]
 log = logging.getLogger("segment.durable.message")
 
 # Subclasses and dataclasses come to us: a subclass of dict such as Django's QueryDict says by its items() what it
-# holds, which is not what its storage holds.  NaN and the infinities are null in orjson already.
-_OPTIONS = orjson.OPT_PASSTHROUGH_SUBCLASS | orjson.OPT_PASSTHROUGH_DATACLASS
-# orjson refuses containers nested deeper than 254; the slow path cuts there.
-_MAX_DEPTH = 250
+# holds, which is not what its storage holds.  Times too: orjson rounds an offset that has seconds.  NaN and the
+# infinities are null in orjson already.
+_OPTIONS = orjson.OPT_PASSTHROUGH_SUBCLASS | orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME
+_MAX_DEPTH = 254  # of containers in containers, as in orjson; what is deeper is null
+_MAX_KEY_DEPTH = 8
+_MAX_FAST_ITEMS = 100  # of a container that is no dict, list or tuple
 _WARNED: set[str] = set()
 _MAX_WARNED = 1000
 
-_CONTAINERS = (dict, list)
+_NESTING = frozenset({dict, list, tuple})
+_SCALARS = frozenset({str, int, float, bool, type(None), datetime, date, time, timedelta, Decimal, UUID})
 _LISTS = (tuple, Set, deque, Sequence, ValuesView, Iterator)
 
 
@@ -48,13 +53,18 @@ def encode(value: Any, limit: int) -> bytes:
     `limit` bytes is where the slow path gives up with `MessageTooLarge`, so that an endless generator ends; the fast
     path does not check it.  Raises nothing else.
     """
+    # Each value takes two bytes of JSON at the least, its comma included: more of them than limit / 2 can't fit.
+    most = limit // 2 + 1
     try:
-        return orjson.dumps(value, default=_fast, option=_OPTIONS)
-    except Exception:
-        # Each node takes two bytes of JSON at the least, so a value with more nodes than limit / 2 can't fit.
-        clean = plain(value, max_nodes=limit // 2 + 1, limit=limit)
-        text = json.dumps(clean, allow_nan=False, ensure_ascii=False, separators=(",", ":"), check_circular=False)
-        return text.encode("utf-8")
+        if _is_small(value if type(value) is dict else (value,), most):
+            return orjson.dumps(value, default=_fast, option=_OPTIONS)
+    except Exception as problem:
+        cause = problem.__cause__
+        if cause is not None and not isinstance(cause, Exception):
+            raise cause from None  # orjson wraps a KeyboardInterrupt in our `_fast` like any other
+    clean = plain(value, max_nodes=most, limit=limit)
+    text = json.dumps(clean, allow_nan=False, ensure_ascii=False, separators=(",", ":"), check_circular=False)
+    return text.encode("utf-8")
 
 
 def plain(value: Any, *, max_nodes: int = 16_385, limit: int = 32 << 10) -> Any:
@@ -65,6 +75,28 @@ def plain(value: Any, *, max_nodes: int = 16_385, limit: int = 32 << 10) -> Any:
     return _Cleaner(max_nodes, limit).clean(value, 0)
 
 
+def _is_small(value: Any, most: int) -> bool:
+    """Whether orjson will meet at most `most` values in there; it can't be stopped once it runs.
+
+    Forty lists, each of them twice in the next, take no memory here and terabytes as JSON.  This costs the message of
+    a call with five flat properties 1.2 us.
+    """
+    todo = [value]
+    for container in todo:
+        most -= len(container)
+        if most < 0:
+            return False
+        for each in container.values() if type(container) is dict else container:
+            kind = type(each)
+            if kind is str or kind in _SCALARS:
+                continue
+            if kind in _NESTING:
+                todo.append(each)
+            elif isinstance(each, Enum) and type(each.value) not in _SCALARS:
+                return False  # orjson takes the value of a member by itself
+    return True
+
+
 class _Cleaner:
     def __init__(self, max_nodes: int, limit: int) -> None:
         self._left = max_nodes
@@ -72,9 +104,7 @@ class _Cleaner:
         self._path: set[int] = set()
 
     def clean(self, value: Any, depth: int) -> Any:
-        self._left -= 1
-        if self._left < 0:
-            raise MessageTooLarge(None, self._limit)
+        self._count()
         try:
             return self._clean(value, depth)
         except MessageTooLarge:
@@ -84,56 +114,100 @@ class _Cleaner:
         except Exception:
             return _name(value)
 
+    def _count(self) -> None:
+        self._left -= 1
+        if self._left < 0:
+            raise MessageTooLarge(None, self._limit)
+
     def _clean(self, value: Any, depth: int) -> Any:
         if value is None or value is True or value is False:
             return value
-        if isinstance(value, str) and not isinstance(value, Enum):
+        kind = type(value)
+        if kind is str:
             return _text(value)
-        if type(value) is int:
-            return value if value.bit_length() <= 1024 else None  # beyond a double's range: as infinity
-        if type(value) is float:
-            return value if math.isfinite(value) else None
-        if not isinstance(value, _CONTAINERS):
-            value, again = _convert(value)
-            if again:
-                return self.clean(value, depth + 1) if depth < _MAX_DEPTH else None
-            if value is None or isinstance(value, (str, float)):
-                return self._clean(value, depth)
+        if kind is int:
+            return None if _float(value) is None else value  # beyond a double's range: as infinity
+        if kind is float:
+            return _float(value)
         if depth >= _MAX_DEPTH or id(value) in self._path:
             return None
         self._path.add(id(value))
         try:
-            if isinstance(value, Mapping):
-                return {_key(key): self.clean(each, depth + 1) for key, each in list(value.items())}
+            if kind is dict:
+                return self._object(list(value.items()), depth)
+            if kind is not list:
+                value, again = _convert(value)
+                if again:
+                    return self.clean(value, depth + 1)
+                if value is None or isinstance(value, (str, float)):
+                    return self._clean(value, depth)
+                if isinstance(value, Mapping):
+                    return self._object(islice(value.items(), self._left + 1), depth)
             return [self.clean(each, depth + 1) for each in value]
         finally:
             self._path.discard(id(value))
 
+    def _object(self, items: Iterable[tuple[Any, Any]], depth: int) -> dict[str, Any]:
+        clean: dict[str, Any] = {}
+        for key, each in items:
+            name = self._key(key, 0)
+            if type(key) is str or name not in clean:  # of {1: ..., "1": ...} the text is what was meant
+                clean[name] = self.clean(each, depth + 1)
+        return clean
+
+    def _key(self, key: Any, depth: int) -> str:
+        """A dict's key as text, as `json.dumps` has it where it has one."""
+        if type(key) is str:
+            return _text(key)
+        self._count()
+        try:
+            if key is None or (isinstance(key, (bool, int, float)) and not isinstance(key, Enum)):
+                return str(json.dumps(key)) if not isinstance(key, int) or key.bit_length() <= 1024 else _name(key)
+            if isinstance(key, (tuple, frozenset)) and depth < _MAX_KEY_DEPTH:
+                return ",".join([self._key(each, depth + 1) for each in key])
+            value, again = _convert(key)
+            if again and depth < _MAX_KEY_DEPTH:
+                return self._key(value, depth + 1)
+            return _text(value) if isinstance(value, str) else str(value) if type(value) is float else _name(key)
+        except MessageTooLarge:
+            raise
+        except Exception:
+            return _name(key)
+
 
 def _fast(value: Any) -> Any:
     """orjson's `default`: one value that orjson has no form for.  Raising sends the message to the slow path."""
+    if type(value) is datetime:
+        return _iso(value)
     if isinstance(value, Iterator):
         raise TypeError  # may be endless; only the slow path counts
-    converted, _ = _convert(value)
-    if isinstance(converted, Mapping):
-        return dict(converted.items())
-    if isinstance(converted, (str, int, float)) or converted is None:
+    converted, again = _convert(value)
+    if type(converted) in _SCALARS:
         return converted
-    return list(converted)
+    if again:
+        raise TypeError
+    # What is in here was not counted by `_is_small`: it has to be few and flat.
+    if isinstance(converted, Mapping):
+        mapping = dict(islice(converted.items(), _MAX_FAST_ITEMS + 1))
+        items = list(mapping.values())
+    else:
+        items = list(islice(converted, _MAX_FAST_ITEMS + 1))
+    if len(items) > _MAX_FAST_ITEMS or not _SCALARS.issuperset(map(type, items)):
+        raise TypeError
+    return mapping if isinstance(converted, Mapping) else items
 
 
 def _convert(value: Any) -> tuple[Any, bool]:
     """One value that is no plain JSON, as something nearer to it, and whether that has to be converted again."""
     if isinstance(value, Enum):
         return value.value, True
-    if isinstance(value, str):
-        return "".join((value,)), False
-    if isinstance(value, (Mapping, *_LISTS)) and not isinstance(value, (bytes, bytearray, memoryview)):
-        if hasattr(value, "_asdict"):  # a named tuple has names to keep
-            return value._asdict(), False
-        return value, False
+    if isinstance(value, (str, UserString)):
+        return "".join((value if isinstance(value, str) else value.data,)), False
+    if isinstance(value, (Mapping, *_LISTS)) and not isinstance(value, (bytes, bytearray, memoryview, IOBase)):
+        names_kept = getattr(type(value), "_asdict", None)  # of a named tuple
+        return (value if names_kept is None else names_kept(value)), False
     if isinstance(value, (datetime, date, time)):
-        return value.isoformat(), False
+        return _iso(value), False
     if isinstance(value, (UUID, PathLike)):
         return (str(value) if isinstance(value, UUID) else fspath(value)), True
     if isinstance(value, timedelta):
@@ -148,14 +222,22 @@ def _convert(value: Any) -> tuple[Any, bool]:
         return {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}, False
     if type(value).__module__.partition(".")[0] == "numpy":
         return value.tolist(), True
-    _warn(value)
     return _name(value), False
+
+
+def _iso(value: date | time) -> str:
+    """ISO 8601; in UTC where the offset has seconds, which RFC 3339 does not know (local mean times have them)."""
+    if isinstance(value, datetime) and value.tzinfo is not None and value.tzinfo is not timezone.utc:
+        offset = value.utcoffset()
+        if offset is not None and (offset.seconds % 60 or offset.microseconds):
+            value = value.astimezone(timezone.utc)
+    return value.isoformat()
 
 
 def _float(value: Any) -> float | None:
     try:
         number = float(value)
-    except (ValueError, OverflowError):  # a signalling NaN, a fraction beyond a double's range
+    except (ValueError, OverflowError):  # a signalling NaN, a fraction or an int beyond a double's range
         return None
     return number if math.isfinite(number) else None
 
@@ -170,36 +252,19 @@ def _text(value: str) -> str:
     return exact
 
 
-def _key(key: Any) -> str:
-    """A dict's key as text, as `json.dumps` has it where it has one."""
-    if isinstance(key, Enum):
-        return _key(key.value)
-    if isinstance(key, str):
-        return _text(key)
-    if key is None or isinstance(key, (bool, int, float)):
-        return str(json.dumps(key)) if not isinstance(key, int) or key.bit_length() <= 1024 else _name(key)
-    if isinstance(key, (tuple, frozenset)):
-        return ",".join(_key(each) for each in islice(key, 100))
-    try:
-        converted, _ = _convert(key)
-        return _text(converted) if isinstance(converted, str) else _text(str(converted))
-    except Exception:
-        return _name(key)
-
-
 def _name(value: Any) -> str:
     """What stands for a value that has no other form: its own name if it has one, else that of its type."""
-    try:
-        name = value.__qualname__
-        if isinstance(name, str):
-            return _text(name)
-    except Exception:
-        pass
-    return _text(type(value).__qualname__)
-
-
-def _warn(value: Any) -> None:
-    kind = type(value).__qualname__
+    kind = _text(type.__dict__["__qualname__"].__get__(type(value)))  # whatever a metaclass says
     if kind not in _WARNED and len(_WARNED) < _MAX_WARNED:
         _WARNED.add(kind)
-        log.warning("a value of type %s has no JSON form: its name is sent in its place (said once for a type)", kind)
+        try:
+            log.warning(
+                "a value of type %s has no JSON form: its name is sent in its place (said once for a type)", kind
+            )
+        except Exception:
+            pass  # a handler of the application's that fails
+    try:
+        name = value.__qualname__
+        return _text(name) if isinstance(name, str) else kind
+    except Exception:
+        return kind

@@ -116,7 +116,7 @@ class Engine:
             self._refused(problem, None)
             return False
 
-    def close(self, timeout: float | None) -> bool:
+    def close(self, timeout: float) -> bool:
         """End the threads and close the files; whether the threads ended within `timeout` seconds."""
         self.closed = True
 
@@ -124,7 +124,7 @@ class Engine:
             self.upkeep.stop(1.0)
             self.outbox.close()
 
-        return self.sender.stop(timeout, close_files)
+        return self.sender.close(timeout, close_files)
 
     def callbacks(self, name: str) -> list[Callable[..., object]]:
         """The callbacks that the clients gave for `name`, each once."""
@@ -229,10 +229,10 @@ def attach(
         return engine
 
 
-def detach(engine: Engine, member: Member, timeout: float | None) -> bool:
+def detach(engine: Engine, member: Member, timeout: float) -> bool:
     """A client was shut down: close the engine if it was the last one's.
 
-    Whether the threads ended within `timeout` seconds, `None` meaning that they are waited for.
+    Whether the threads ended within `timeout` seconds.
     """
     with _lock:
         if not engine.leave(member):

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
-from decimal import Decimal
-from numbers import Number
+from enum import Enum
+from numbers import Integral, Number
 from os import urandom
 from typing import Any
 from uuid import UUID
@@ -28,28 +28,30 @@ LIBRARY_NAME = "segment-durable"
 Check = Callable[[str, Any], Any]
 
 
-def _is_given(value: object) -> bool:
-    """Whether an id was given at all: None and "" mean no, 0 is an id like any other."""
-    return value is not None and not (isinstance(value, str) and not value)
-
-
 def _identifier(name: str, value: Any) -> str | None:
+    """The id as text; None and "" mean that it was not given, 0 is an id like any other."""
     if type(value) is str:
         return value or None
     if value is None:
         return None
-    if isinstance(value, str):
-        return "".join((value,)) or None  # an exact str: a subclass may override anything
-    if isinstance(value, UUID):
-        return str(value)
-    if isinstance(value, Number) and not isinstance(value, (bool, complex)):
-        if isinstance(value, (float, Decimal)) and not math.isfinite(value):
-            raise InvalidMessage(name, "must be a str, a number or a UUID; NaN and infinities identify nobody")
-        try:
+    try:
+        if isinstance(value, Enum):
+            return _identifier(name, value.value)
+        if isinstance(value, str):
+            return "".join((value,)) or None  # an exact str: a subclass may override anything
+        if isinstance(value, UUID):
             return str(value)
-        except ValueError:  # sys.set_int_max_str_digits
-            raise InvalidMessage(name, "must be an id, not a number of thousands of digits") from None
-    raise InvalidMessage(name, f"must be a str, a number or a UUID, got {type(value).__name__}")
+        if isinstance(value, Number) and not isinstance(value, (bool, complex)):
+            if isinstance(value, Integral) or math.isfinite(value):  # type: ignore[arg-type]
+                return "".join((str(value),))
+            problem = "must be a str, a number or a UUID; NaN and infinities identify nobody"
+        else:
+            problem = f"must be a str, a number or a UUID, got {type(value).__name__}"
+    except InvalidMessage:
+        raise
+    except Exception as failure:  # a number of thousands of digits, a signalling NaN, anybody's __str__
+        raise InvalidMessage(name, f"must be an id that can be written as text ({type(failure).__name__})") from None
+    raise InvalidMessage(name, problem)
 
 
 def _required_identifier(name: str, value: Any) -> str:
@@ -59,26 +61,60 @@ def _required_identifier(name: str, value: Any) -> str:
     return identifier
 
 
+def _is_a(kind: type, value: Any) -> bool:
+    """`isinstance`, where a proxy without its target (outside a web request, say) raises."""
+    try:
+        return isinstance(value, kind)
+    except Exception:
+        return False
+
+
+def _is_empty(value: Any) -> bool:
+    """As upstream: any empty value is "nothing to say".  What raises here (an array, say) is not empty."""
+    try:
+        return not value
+    except Exception:
+        return False
+
+
 def _object(name: str, value: Any) -> dict[Any, Any]:
-    if isinstance(value, dict):
-        return value
-    if not value:  # as upstream: any empty value is "nothing to say"
+    if type(value) is dict or _is_a(dict, value):
+        return value  # type: ignore[no-any-return]
+    if _is_empty(value):
         return {}
     raise InvalidMessage(name, f"must be a dict, got {type(value).__name__}")
 
 
+def _context(value: Any, library: dict[str, str]) -> dict[Any, Any]:
+    """A copy of the caller's context, with our name in it."""
+    given = _object("context", value)
+    try:
+        # What a subclass holds is what its items() say, as in `encoding`.
+        own = given if type(given) is dict else dict(given.items())
+        return {**own, "library": library}
+    except Exception as problem:
+        raise InvalidMessage("context", f"must be a dict that can be read ({type(problem).__name__})") from problem
+
+
 def _event_name(name: str, value: Any) -> str:
-    if isinstance(value, str) and value:
+    if type(value) is str and value:
         return value
-    problem = "it is empty" if isinstance(value, str) else f"got {type(value).__name__}"
+    is_text = _is_a(str, value)
+    text = _optional_text(name, value) if is_text else None
+    if text:
+        return text
+    problem = "it is empty" if is_text else f"got {type(value).__name__}"
     raise InvalidMessage(name, f"must be the event's name, a str that is not empty; {problem}")
 
 
 def _optional_text(name: str, value: Any) -> str | None:
-    if not value:
+    if _is_a(str, value):
+        try:
+            return "".join((value,)) or None  # an exact str, as above
+        except Exception:
+            pass  # it only claims to be one
+    elif _is_empty(value):
         return None
-    if isinstance(value, str):
-        return value
     raise InvalidMessage(name, f"must be a str, got {type(value).__name__}")
 
 
@@ -133,8 +169,8 @@ def compose(
     for (name, key, check), value in zip(FIELDS[kind], values):
         message[key] = check(name, value)
     library = {"name": LIBRARY_NAME, "version": VERSION}
-    message["context"] = {**_object("context", context), "library": library} if context else {"library": library}
-    message["integrations"] = _object("integrations", integrations) if integrations else {}
+    message["context"] = {"library": library} if context is None else _context(context, library)
+    message["integrations"] = {} if integrations is None else _object("integrations", integrations)
     return message
 
 
@@ -159,19 +195,23 @@ def new_message_id() -> str:
 
 
 def _message_id(value: Any) -> str:
-    text = _required_identifier("message_id", value)
+    text = _identifier("message_id", value) or new_message_id()
     if len(text) > MAX_MESSAGE_ID_LENGTH:
         raise InvalidMessage("message_id", f"must have at most {MAX_MESSAGE_ID_LENGTH} characters, got {len(text)}")
     return text
 
 
 def _timestamp(value: Any, now: datetime) -> str:
-    if not isinstance(value, datetime):
+    if not _is_a(datetime, value):
         raise InvalidMessage("timestamp", f"must be a datetime or None, got {type(value).__name__}")
     try:
-        return _aware(value, now).isoformat(timespec="milliseconds")
-    except Exception as problem:  # a tzinfo may be anybody's code
-        raise InvalidMessage("timestamp", f"has a tzinfo that fails ({type(problem).__name__})") from problem
+        text = _aware(value, now).isoformat(timespec="milliseconds")
+        if type(text) is str and text[:4].isdecimal():
+            return text
+        problem = "it is no time"  # pandas' NaT is a datetime, too
+    except Exception as failure:  # a tzinfo may be anybody's code
+        problem = f"its tzinfo raised {type(failure).__name__}"
+    raise InvalidMessage("timestamp", f"must be a datetime with an ISO 8601 form, or None; {problem}")
 
 
 def _aware(value: datetime, now: datetime) -> datetime:

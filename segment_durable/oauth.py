@@ -20,7 +20,7 @@ from segment_durable.clock import Clock
 from segment_durable.config import Config
 from segment_durable.errors import ConfigError
 from segment_durable.transport import Response, Transport, TransportError
-from segment_durable.upload import TokenRefused
+from segment_durable.upload import USER_AGENT, TokenRefused, without
 
 __all__ = ["Tokens"]
 
@@ -81,16 +81,15 @@ class Tokens:
             raise TokenRefused(self._refusal(response))
         try:
             answer = json.loads(response.body)
-            token = answer["access_token"]
-            life = float(answer.get("expires_in", _DEFAULT_LIFE))
+            token, life = answer["access_token"], answer.get("expires_in")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            token, life = None, 0.0
+            token, life = None, None
         if not isinstance(token, str) or not token or not token.isascii() or not token.isprintable():
             raise TokenRefused(
                 Outcome(Kind.UNREACHABLE, 200, "oauth", "the OAuth server's answer holds no usable access_token")
             )
-        life = life if 0 < life < 1e9 else _DEFAULT_LIFE
-        return token, self._clock.boot() + life - min(_REFRESH_EARLY, life / 2)
+        seconds = _life(life)
+        return token, self._clock.boot() + seconds - min(_REFRESH_EARLY, seconds / 2)
 
     def _request(self, transport: Transport, timeout: float) -> Response:
         issued = int(self._clock.time() + self._skew) - _BACKDATED
@@ -102,13 +101,14 @@ class Tokens:
             "exp": issued + ASSERTION_SECONDS,
             "jti": str(uuid.uuid4()),
         }
+        assertion = jwt.encode(claims, self._key, algorithm="RS256", headers={"kid": self._key_id})
         form = {
             "grant_type": "client_credentials",
             "client_assertion_type": ASSERTION_TYPE,
-            "client_assertion": jwt.encode(claims, self._key, algorithm="RS256", headers={"kid": self._key_id}),
+            "client_assertion": assertion,
             "scope": self._scope,
         }
-        headers = {"Content-Type": "application/x-www-form-urlencoded"}
+        headers = {"Content-Type": "application/x-www-form-urlencoded", "User-Agent": USER_AGENT}
         try:
             response = transport.post(f"{self._server}/token", headers, urlencode(form).encode(), timeout)
         except TransportError as problem:
@@ -117,7 +117,7 @@ class Tokens:
                 Outcome(outcome.kind, code=outcome.code, message=f"no OAuth token: {outcome.message}")
             ) from problem
         self._note_skew(response)
-        return response
+        return response if response.status == 200 else without(response, assertion)
 
     def _note_skew(self, response: Response) -> None:
         try:
@@ -143,6 +143,15 @@ class Tokens:
         )
 
 
+def _life(expires_in: object) -> float:
+    """Seconds; a default for what is no such number, since the token itself may well be good."""
+    try:
+        seconds = float(expires_in)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return _DEFAULT_LIFE
+    return seconds if 0 < seconds < 1e9 else _DEFAULT_LIFE
+
+
 def _private_key(source: str | bytes | os.PathLike[str] | None) -> RSAPrivateKey:
     name = "oauth_client_key"
     if isinstance(source, str) and "-----BEGIN" in source:
@@ -152,7 +161,7 @@ def _private_key(source: str | bytes | os.PathLike[str] | None) -> RSAPrivateKey
     else:
         try:
             pem = Path(source or "").expanduser().read_bytes()
-        except (OSError, ValueError):
+        except (OSError, ValueError, RuntimeError):  # RuntimeError: "~name" of nobody
             raise ConfigError(name, "must be a private key in PEM form, or the path of a file that holds one") from None
     try:
         key = load_pem_private_key(pem, password=None)

@@ -32,7 +32,7 @@ from segment_durable.clock import Clock
 from segment_durable.db import WRITE_TIMEOUT, Database
 from segment_durable.errors import OutboxBusy, OutboxError, SourceMismatch, StorageError
 from segment_durable.records import Backoff, DeadLetter, Lease, NotNow, OutboxStats, Row
-from segment_durable.views import TOTALS, read_backoff, read_stats
+from segment_durable.views import LEASES, TOTALS, read_backoff, read_stats
 
 __all__ = ["Outbox"]
 
@@ -45,13 +45,13 @@ _BUSY_LOOK = 0.5  # seconds after which a sender looks again at leases of others
 # waiting is a subtraction.
 _PUT = """
 INSERT INTO event (id, appended_at, body)
-SELECT last + 1, ?2, ?3
+SELECT last + 1, ?, ?
 FROM (
     SELECT max(last_id, ifnull((SELECT max(id) FROM event), 0)) AS last,
            delivered + buried + erased + expired AS gone
     FROM state
 )
-WHERE last - gone < ?1
+WHERE last - gone < ?
 """
 
 
@@ -60,7 +60,7 @@ class _Put:
 
     __slots__ = ("accepted", "error", "parameters")
 
-    def __init__(self, parameters: tuple[int, int, bytes]) -> None:
+    def __init__(self, parameters: tuple[int, bytes, int]) -> None:
         self.parameters = parameters
         self.accepted: bool | None = None
         self.error: BaseException | None = None
@@ -96,7 +96,7 @@ class Outbox:
         `appended_at`: milliseconds since 1970.  Returns False, with nothing appended, if `max_pending` events are
         waiting.  Threads that come at the same time are committed in one transaction.
         """
-        parameters = (max_pending or _NO_LIMIT, appended_at, body)
+        parameters = (appended_at, body, max_pending or _NO_LIMIT)
         mutex = self.db.lock.mutex
         if not self._waiting and mutex.acquire(False):
             try:
@@ -127,7 +127,7 @@ class Outbox:
         group = [self._waiting.popleft() for _ in range(min(len(self._waiting), _MAX_GROUP))]
         try:
             if len(group) == 1:
-                size = len(group[0].parameters[2])
+                size = len(group[0].parameters[1])
                 accepted = [self.db.write_one(_PUT, group[0].parameters, size) == 1]
             else:
                 with self.db.write() as connection:
@@ -170,7 +170,8 @@ class Outbox:
             lost = [attempt + 1 for from_id, to_id, _, attempt, *_ in dead if from_id <= last and first <= to_id]
             lease = Lease(secrets.token_bytes(16), first, last, max([failures, *lost]), now + seconds)
             connection.execute(
-                "INSERT INTO lease VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO lease (first_id, last_id, token, attempt, holder, pid, boot_id, leased_at, deadline) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     *(first, last, lease.token, lease.attempt, self.db.lock.slot),
                     *(os.getpid(), self._clock.boot_id(), now, lease.deadline),
@@ -314,7 +315,10 @@ class Outbox:
         with self.db.read() as connection:
             return [
                 DeadLetter(row[0], row[1] / 1000, row[2] / 1000, *row[3:])
-                for row in connection.execute("SELECT * FROM dead ORDER BY id LIMIT ?", (limit,))
+                for row in connection.execute(
+                    "SELECT id, appended_at, buried_at, status, code, answer, body FROM dead ORDER BY id LIMIT ?",
+                    (limit,),
+                )
             ]
 
     def requeue(self, ids: Sequence[int] | None = None) -> int:
@@ -396,7 +400,7 @@ class Outbox:
     def _sort_leases(self, connection: sqlite3.Connection, now: float) -> tuple[list[Any], list[Any]]:
         living: list[Any] = []
         dead: list[Any] = []
-        for lease in connection.execute("SELECT * FROM lease ORDER BY first_id").fetchall():
+        for lease in connection.execute(LEASES).fetchall():
             (dead if self._is_dead(lease, now) else living).append(lease)
         return living, dead
 

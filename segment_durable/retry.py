@@ -104,5 +104,5 @@ def _wait(reason: str, before: Backoff, after: Backoff, spent: bool) -> Decision
 def _ceiling(failures: int) -> float:
     """The longest wait after that many failures, in seconds, by tenacity's exponential wait."""
     state = tenacity.RetryCallState(cast(Any, None), None, (), {})
-    state.attempt_number = failures
+    state.attempt_number = min(failures, 64)  # tenacity works out 2 ** failures before it looks at the maximum
     return float(_exponential(state))

@@ -36,6 +36,7 @@ class Sender:
         self._make_delivery = make_delivery
         self._lock = threading.Lock()
         self._workers: list[_Worker] = []
+        self._closed = False
         self._inline: Delivery | None = None
         self._inline_lock = threading.Lock()
         self.changed = threading.Condition()  # notified after each step
@@ -55,8 +56,10 @@ class Sender:
             worker.appended()
 
     def start(self) -> bool:
-        """Start the threads if they aren't running; False if the interpreter starts none any more."""
+        """Start the threads if they aren't running; False if none can be started any more."""
         with self._lock:
+            if self._closed:
+                return False
             living = [worker for worker in self._workers if worker.is_alive() and not worker.stopping]
             for _ in range(self._config.thread - len(living)):
                 worker = _Worker(self, self._outbox, self._config, self._clock, self._make_delivery)
@@ -79,6 +82,8 @@ class Sender:
         failures = self.last_failure[0]
         if self._has_left(target):
             return True
+        if threading.current_thread() in self._workers:
+            return False  # a callback: its thread is the one that would have to deliver
         if not self.start():
             return self.drain(target, end)
         workers = list(self._workers)
@@ -137,11 +142,17 @@ class Sender:
             self._clock.wait(threading.Event(), min(_FLUSH_LOOK, remaining))
         return True
 
-    def stop(self, timeout: float | None, then: Callable[[], None]) -> bool:
+    def close(self, timeout: float, then: Callable[[], None]) -> bool:
+        """As `stop`, and no thread can be started afterwards."""
+        with self._lock:
+            self._closed = True
+        return self.stop(timeout, then)
+
+    def stop(self, timeout: float, then: Callable[[], None]) -> bool:
         """End the threads after the step they are at; whether they ended within `timeout` seconds.
 
-        `then` is called when the last of them has ended, in that thread or in this one; a thread that waits for the
-        network longer than `timeout` ends by itself when that wait does.  `None` waits for the threads.
+        A later need starts them again.  `then` is called when the last of them has ended, in that thread or in this one; a thread that waits for the
+        network longer than `timeout` ends by itself when that wait does.
         """
         with self._lock:
             workers, self._workers = self._workers, []
@@ -152,10 +163,10 @@ class Sender:
         ending = _Ending(len(workers), then)
         for worker in workers:
             worker.stop(ending.one_ended)
-        end = None if timeout is None else self._clock.boot() + timeout
+        end = self._clock.boot() + timeout
         for worker in workers:
             if worker is not threading.current_thread():
-                worker.join(None if end is None else max(0.0, end - self._clock.boot()))
+                worker.join(max(0.0, end - self._clock.boot()))
         if not workers:
             then()
         return not any(worker.is_alive() for worker in workers)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import os
 import time
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import requests
 from requests.adapters import HTTPAdapter
 from requests.structures import CaseInsensitiveDict
 from requests.utils import get_environ_proxies
+from urllib3.exceptions import HTTPError, ReadTimeoutError, SSLError
 
 __all__ = ["RequestsTransport", "Response", "Transport", "TransportError"]
 
 MAX_ANSWER_BYTES = 64 << 10  # what of an answer is read; the rest is of no interest
+_LONGEST_TIMEOUT = 1_000_000.0  # seconds; a socket takes 2**31 milliseconds at the most
+_ANY_HEADER = 32 + 15  # zlib's wbits for "zlib or gzip, whichever it is"
 
 
 @dataclass(frozen=True)
@@ -63,28 +67,33 @@ class RequestsTransport:
         self._prepared: dict[str, tuple[requests.PreparedRequest, dict[str, str]]] = {}
 
     def post(self, url: str, headers: Mapping[str, str], body: bytes, timeout: float) -> Response:
-        session = self._session or self._open()
-        prepared, proxies = self._prepare(url)
-        request = prepared.copy()
-        request.headers.update(headers)
-        request.headers["Content-Length"] = str(len(body))
-        request.body = body
+        timeout = min(timeout, _LONGEST_TIMEOUT)
         try:
+            session = self._session or self._open()
+            prepared, proxies = self._prepare(url)
+            request = prepared.copy()
+            request.headers.update(headers)
+            request.headers["Content-Length"] = str(len(body))
+            request.body = body
             response = session.send(
                 request, timeout=timeout, allow_redirects=False, stream=True, proxies=proxies, verify=session.verify
             )
             with response:
                 answer = _read(response, time.monotonic() + timeout)
-        except requests.RequestException as problem:
-            raise _transport_error(problem) from problem
-        except (OSError, ValueError) as problem:
-            raise TransportError("connection", _words(problem)) from problem
+        except (requests.RequestException, HTTPError, OSError, ValueError) as problem:
+            # Without its cause, whose text may hold a proxy's password.
+            raise _transport_error(problem) from None
         return Response(response.status_code, CaseInsensitiveDict(response.headers), answer)
 
     def close(self) -> None:
         session, self._session = self._session, None
-        if session is not None:
-            session.close()
+        if session is None:
+            return
+        for adapter in session.adapters.values():
+            if isinstance(adapter, HTTPAdapter):
+                for manager in (adapter.poolmanager, *adapter.proxy_manager.values()):
+                    _close_pools(manager)
+        session.close()
 
     def _open(self) -> requests.Session:
         session = requests.Session()
@@ -105,30 +114,56 @@ class RequestsTransport:
         return self._prepared[url]
 
 
+def _close_pools(manager: Any) -> None:
+    """Close a manager's idle connections by hand.
+
+    urllib3 leaves that to finalizers, and those have run before our own exit handler, which may use a connection.
+    """
+    for key in list(manager.pools.keys()):
+        pool = manager.pools.get(key)
+        if pool is not None:
+            pool.close()
+
+
 def _read(response: requests.Response, deadline: float) -> bytes:
+    """The body, as it came in: what is there is taken at once, for a read of n bytes would wait for all n of them."""
+    read = getattr(response.raw, "read1", None)
+    size = 8192 if read else 1  # urllib3 before 2.1 has no read1
+    read = read or response.raw.read
     answer = b""
-    for chunk in response.iter_content(8192):
-        answer += chunk
-        if len(answer) >= MAX_ANSWER_BYTES:
+    while len(answer) < MAX_ANSWER_BYTES:
+        chunk = read(size, decode_content=False)
+        if not chunk:
             break
+        answer += chunk
         if time.monotonic() > deadline:
             raise TransportError("timeout", "the answer did not end in time")
-    return answer[:MAX_ANSWER_BYTES]
+    answer = answer[:MAX_ANSWER_BYTES]
+    if response.headers.get("Content-Encoding", "").lower() in ("gzip", "deflate"):  # we did not ask for it
+        try:
+            return zlib.decompressobj(_ANY_HEADER).decompress(answer, MAX_ANSWER_BYTES)
+        except zlib.error:
+            pass
+    return answer
 
 
-def _transport_error(problem: requests.RequestException) -> TransportError:
+def _transport_error(problem: Exception) -> TransportError:
     text = repr(problem)
-    if isinstance(problem, requests.exceptions.SSLError):
+    if isinstance(problem, (requests.exceptions.SSLError, SSLError)):
         if "CERTIFICATE_VERIFY_FAILED" in text or "CertificateError" in text or "doesn't match" in text:
             return TransportError("certificate", f"the host's certificate was not accepted: {_words(problem)}")
         return TransportError("tls", f"TLS failed: {_words(problem)}")
-    if isinstance(problem, requests.exceptions.ProxyError):
+    if isinstance(problem, (requests.exceptions.ProxyError, requests.exceptions.InvalidProxyURL)):
         return TransportError("proxy", "the proxy can't be reached or refused")
-    if isinstance(problem, requests.Timeout):
+    if isinstance(problem, requests.exceptions.InvalidSchema) and "SOCKS" in text:
+        return TransportError("proxy", "a SOCKS proxy needs the package PySocks: pip install requests[socks]")
+    if isinstance(problem, (requests.Timeout, TimeoutError, ReadTimeoutError)):
         step = "connecting" if isinstance(problem, requests.ConnectTimeout) else "waiting for the answer"
         return TransportError("timeout", f"timed out while {step}")
     if "NameResolutionError" in text or "gaierror" in text:
         return TransportError("dns", "the host's name can't be resolved")
+    if type(problem) is OSError and "CA certificate bundle" in text:
+        return TransportError("certificate", "REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE names a file that does not exist")
     return TransportError("connection", _words(problem))
 
 

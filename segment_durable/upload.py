@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import base64
 import gzip
+from dataclasses import replace
 from typing import Protocol
 
 from segment_durable.answers import Kind, Outcome, classify, unanswered
 from segment_durable.batch import envelope
 from segment_durable.clock import Clock, utc_timestamp
 from segment_durable.config import Config
-from segment_durable.transport import Transport, TransportError
+from segment_durable.transport import Response, Transport, TransportError
 from segment_durable.version import VERSION
 
-__all__ = ["USER_AGENT", "TokenRefused", "TokenSource", "Uploader"]
+__all__ = ["USER_AGENT", "TokenRefused", "TokenSource", "Uploader", "without"]
 
 USER_AGENT = f"segment-durable/{VERSION}"
 GZIP_LEVEL = 3
+_LEAST_SECRET = 8  # characters; what is shorter is a test's, and would be found in many a word
 
 
 class TokenRefused(Exception):
@@ -85,4 +87,16 @@ class Uploader:
             response = self._transport.post(self._url, headers, body, timeout)
         except TransportError as problem:
             return unanswered(problem)
-        return classify(response, self._clock.time())
+        return classify(without(response, authorization.partition(" ")[2], self._write_key), self._clock.time())
+
+
+def without(response: Response, *secrets: str) -> Response:
+    """The answer with `secrets` blotted out of its body, which goes into logs, errors and dead letters.
+
+    A receiver that refuses something may well quote it.
+    """
+    body = response.body
+    for secret in secrets:
+        if len(secret) >= _LEAST_SECRET:
+            body = body.replace(secret.encode(), b"***")
+    return response if body is response.body else replace(response, body=body)

@@ -9,9 +9,20 @@ from typing import Any
 from segment_durable.clock import Clock
 from segment_durable.records import Backoff, OutboxStats
 
-__all__ = ["TOTALS", "read_backoff", "read_stats"]
+__all__ = ["LEASES", "TOTALS", "read_backoff", "read_stats"]
 
 _REBOOT_CAP = 300.0  # seconds that a wait from before a reboot may have left
+
+# Columns are named, not "*": a later schema may add some.
+LEASES = """
+SELECT first_id, last_id, token, attempt, holder, pid, boot_id, leased_at, deadline FROM lease ORDER BY first_id
+"""
+
+_BACKOFF = """
+SELECT boot_id, not_before, not_before_wall, told, failures,
+       first_failure, first_throttle, reported, last_error, last_error_at
+FROM backoff
+"""
 
 TOTALS = """
 SELECT max(last_id, ifnull((SELECT max(id) FROM event), 0)), (SELECT min(id) FROM event),
@@ -22,9 +33,9 @@ FROM state
 
 def read_backoff(connection: sqlite3.Connection, clock: Clock) -> Backoff:
     """The shared backoff, its times on the boot clock of now even if the machine was restarted since."""
-    row = connection.execute("SELECT * FROM backoff").fetchone()
-    _, boot_id, not_before, not_before_wall, told, failures = row[:6]
-    first_failure, first_throttle, reported, last_error, last_error_at = row[6:]
+    row = connection.execute(_BACKOFF).fetchone()
+    boot_id, not_before, not_before_wall, told, failures = row[:5]
+    first_failure, first_throttle, reported, last_error, last_error_at = row[5:]
     if boot_id != clock.boot_id() and not_before_wall:
         now = clock.boot()
         not_before = now + min(max(0.0, not_before_wall - clock.time()), _REBOOT_CAP)
@@ -43,7 +54,7 @@ def read_stats(
     last, first, delivered, buried, erased, expired, requeued, dead_erased = connection.execute(TOTALS).fetchone()
     now = clock.boot()
     leased = 0
-    for lease in connection.execute("SELECT * FROM lease").fetchall():
+    for lease in connection.execute(LEASES).fetchall():
         if not is_dead(lease, now):
             span = (lease[0], lease[1])
             leased += connection.execute("SELECT count(*) FROM event WHERE id BETWEEN ? AND ?", span).fetchone()[0]

@@ -366,3 +366,22 @@ def test_a_call_never_raises_for_the_disk(
     assert len([record for record in caplog.records if "can't be written" in record.getMessage()]) == 1
     assert client.track("u", "fine again")[0] is True
     assert client.stats().pending == 2
+
+
+def test_a_callback_that_flushes_or_shuts_down_does_not_wait_for_itself(
+    make_client: MakeClient, receiver: Receiver
+) -> None:
+    results: list[bool] = []
+
+    def on_success(items: list[dict[str, Any]]) -> None:
+        client.track("u", "later")
+        results.append(client.flush())
+        client.shutdown()
+
+    client = make_client(on_success=on_success, upload_interval=0, upload_size=1)
+    client.track("u", "first")
+    assert receiver.wait_for(1, timeout=5)
+    for thread in sender_threads():
+        thread.join(10)
+    assert results[:1] == [False]
+    assert client.stats().balanced

@@ -11,7 +11,7 @@ from typing import Any
 
 from segment_durable.cli.reading import Reader
 from segment_durable.clock import Clock
-from segment_durable.views import TOTALS
+from segment_durable.views import LEASES, TOTALS
 
 __all__ = ["STATES", "Event", "LeaseSeen", "find_id", "find_message", "read_leases", "scan"]
 
@@ -20,8 +20,8 @@ _CHUNK = 500  # events read in one view; at most 32 KiB each
 
 _SELECT = {
     "pending": "SELECT id, appended_at, body, NULL AS buried_at, NULL AS status, NULL AS code, NULL AS answer "
-    "FROM event WHERE id BETWEEN ?1 AND ?2",
-    "dead": "SELECT id, appended_at, body, buried_at, status, code, answer FROM dead WHERE id BETWEEN ?1 AND ?2",
+    "FROM event WHERE id BETWEEN :first AND :last",
+    "dead": "SELECT id, appended_at, body, buried_at, status, code, answer FROM dead WHERE id BETWEEN :first AND :last",
 }
 # Both tables have their rows in order, so SQLite merges them and sorts nothing.
 _SELECT["all"] = f"{_SELECT['pending']} UNION ALL {_SELECT['dead']}"
@@ -86,7 +86,7 @@ class Event:
 
 
 def read_leases(connection: sqlite3.Connection, clock: Clock) -> list[LeaseSeen]:
-    rows = connection.execute("SELECT * FROM lease ORDER BY first_id").fetchall()
+    rows = connection.execute(LEASES).fetchall()
     return [LeaseSeen.of(row, clock.boot(), clock.boot_id()) for row in rows]
 
 
@@ -123,7 +123,7 @@ def find_message(reader: Reader, clock: Clock, message_id: str) -> Event | None:
 def _read(connection: sqlite3.Connection, clock: Clock, state: str, first: int, last: int) -> list[Event]:
     living = [lease for lease in read_leases(connection, clock) if not lease.is_dead]
     events = []
-    for row in connection.execute(f"{_SELECT[state]} ORDER BY id LIMIT {_CHUNK}", (first, last)):
+    for row in connection.execute(f"{_SELECT[state]} ORDER BY id LIMIT {_CHUNK}", {"first": first, "last": last}):
         if row[4] is not None:
             now = "dead"
         else:

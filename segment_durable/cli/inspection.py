@@ -175,7 +175,8 @@ def _status_lines(report: dict[str, Any], leases: list[LeaseSeen]) -> list[tuple
     check = report.get("verification")
     if check is not None:
         verdict = "passed" if check["passed"] else "FAILED"
-        lines.append(("verification", f"{verdict}: counted {check['events']} pending, {check['dead']} dead"))
+        pending, dead = ("?" if check[table] is None else check[table] for table in ("events", "dead"))
+        lines.append(("verification", f"{verdict}: counted {pending} pending, {dead} dead"))
         lines += [("damage", each) for each in check["damages"]]
     return lines
 
@@ -185,7 +186,7 @@ def _lease_text(lease: LeaseSeen) -> str:
     if lease.remaining_seconds is None:
         return f"{what}, from before a restart of this machine: will be taken over"
     if lease.is_dead:
-        return f"{what}, taken {age(lease.age_seconds)} ago, deadline passed {age(-lease.remaining_seconds)} ago: will be taken over"
+        return f"{what}, deadline passed {age(-lease.remaining_seconds)} ago: will be taken over"
     return f"{what}, taken {age(lease.age_seconds)} ago, deadline in {age(lease.remaining_seconds)}"
 
 

@@ -1,0 +1,106 @@
+"""What happens at interpreter exit, in real interpreters."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from segment_durable import Client
+from segment_durable.testing import Answer, Hang, Receiver
+
+HEAD = """
+import sys
+import segment_durable as analytics
+analytics.write_key, analytics.host, analytics.outbox_dir = "test-key", sys.argv[1], sys.argv[2]
+"""
+
+
+def run(code: str, receiver: Receiver, tmp_path: Path) -> tuple[str, float]:
+    """Run a program; what it wrote, and how long it took."""
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-X", "dev", "-W", "error", "-c", HEAD + code, receiver.url, str(tmp_path / "outbox")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr, time.monotonic() - started
+
+
+@pytest.mark.parametrize("mode", ["", "analytics.sync_mode = True", "analytics.thread = 2"])
+def test_a_script_that_just_ends_delivers(receiver: Receiver, tmp_path: Path, mode: str) -> None:
+    said, _ = run(f"{mode}\nfor i in range(250): analytics.track('u', 'e', {{'i': i}})", receiver, tmp_path)
+    assert said == ""
+    arrived = [event["properties"]["i"] for event in receiver.unique]
+    assert (sorted(arrived) if "thread" in mode else arrived) == list(range(250))  # two threads keep no order
+
+
+def test_the_exit_is_bounded_and_what_is_left_goes_out_at_the_next_start(receiver: Receiver, tmp_path: Path) -> None:
+    receiver.always(Hang())
+    _, seconds = run("analytics.shutdown_timeout = 0.5; analytics.track('u', 'kept')", receiver, tmp_path)
+    assert seconds < 10
+    receiver.always(None)
+    receiver.release()
+    with Client("test-key", receiver.url, outbox_dir=tmp_path / "outbox") as client:
+        assert client.flush(10) is True
+        assert client.stats().balanced
+    assert [event["event"] for event in receiver.unique] == ["kept"]
+
+
+def test_shutdown_timeout_0_does_not_wait_at_all(receiver: Receiver, tmp_path: Path) -> None:
+    receiver.always(Answer(503))
+    _, seconds = run("analytics.shutdown_timeout = 0; analytics.track('u', 'kept')", receiver, tmp_path)
+    assert seconds < 10
+    with Client("test-key", receiver.url, outbox_dir=tmp_path / "outbox", deliver=False) as client:
+        assert client.stats().pending == 1
+
+
+def test_an_event_tracked_while_the_interpreter_exits_is_delivered_or_kept(receiver: Receiver, tmp_path: Path) -> None:
+    # Registered first, so it runs after our own handler; from Python 3.12 on no thread can be started there.
+    code = """
+import atexit
+atexit.register(lambda: print(analytics.track("u", "very late")[0], analytics.flush(5)))
+analytics.track("u", "early")
+"""
+    said, _ = run(code, receiver, tmp_path)
+    assert said == "True True\n"
+    assert [event["event"] for event in receiver.unique] == ["early", "very late"]
+
+
+def test_the_first_call_at_exit_works_without_any_thread(receiver: Receiver, tmp_path: Path) -> None:
+    code = """
+import atexit
+atexit.register(lambda: print(analytics.track("u", "only")[0], analytics.flush(5), analytics.shutdown(5)))
+"""
+    said, _ = run(code, receiver, tmp_path)
+    assert said == "True True True\n"
+    assert [event["event"] for event in receiver.unique] == ["only"]
+
+
+def test_sys_exit_in_a_thread_and_an_uncaught_error_still_deliver(receiver: Receiver, tmp_path: Path) -> None:
+    code = """
+import threading
+def work():
+    analytics.track("u", "from a thread")
+thread = threading.Thread(target=work); thread.start(); thread.join()
+analytics.track("u", "last words")
+sys.stderr = open("/dev/null", "w")
+try:
+    raise SystemExit(0)
+finally:
+    analytics.track("u", "in finally")
+"""
+    run(code, receiver, tmp_path)
+    assert [event["event"] for event in receiver.unique] == ["from a thread", "last words", "in finally"]
+
+
+def test_os_exit_loses_nothing(receiver: Receiver, tmp_path: Path) -> None:
+    run("import os\nfor i in range(10): analytics.track('u', str(i))\nos._exit(0)", receiver, tmp_path)
+    with Client("test-key", receiver.url, outbox_dir=tmp_path / "outbox") as client:
+        assert client.flush(10) is True
+    assert [event["event"] for event in receiver.unique] == [str(i) for i in range(10)]

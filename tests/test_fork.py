@@ -1,0 +1,167 @@
+"""Forks: by os.fork, by multiprocessing, and in C where no hook of Python's runs."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from segment_durable import Client
+from segment_durable.testing import Receiver
+
+pytestmark = [
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork"),
+    # Python 3.12 and later warn of every fork of a process with threads, which is what is tested here.
+    pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),
+]
+MakeClient = Callable[..., Client]
+
+
+def in_child(work: Callable[[], Any], fork: Callable[[], int] = os.fork) -> int:
+    """Do that in a forked child, which ends by os._exit; its process id."""
+    child = fork()
+    if child == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    return child
+
+
+def ended_well(child: int) -> bool:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_both_sides_of_a_fork_go_on(make_client: MakeClient, receiver: Receiver) -> None:
+    client = make_client()
+    client.track("parent", "before")
+
+    def work() -> None:
+        for i in range(50):
+            assert client.track("child", str(i))[0]
+        assert client.flush(20) is True
+
+    child = in_child(work)
+    for i in range(50):
+        assert client.track("parent", str(i))[0]
+    assert ended_well(child)
+    assert client.flush(20) is True
+    for who in ("parent", "child"):
+        mine = [event["event"] for event in receiver.unique if event["userId"] == who]
+        assert mine == ["before"] * (who == "parent") + [str(i) for i in range(50)]
+    assert client.stats().balanced
+
+
+def test_a_child_that_ends_at_once_leaves_its_events_to_the_parent(make_client: MakeClient, receiver: Receiver) -> None:
+    client = make_client()
+    client.track("parent", "first")
+    assert ended_well(in_child(lambda: client.track("child", "e")))
+    assert receiver.wait_for(2, timeout=20)
+
+
+def test_a_fork_of_a_fork(make_client: MakeClient, receiver: Receiver) -> None:
+    client = make_client()
+
+    def child_work() -> None:
+        client.track("child", "e")
+        assert ended_well(in_child(lambda: client.track("grandchild", "e")))
+
+    assert ended_well(in_child(child_work))
+    client.track("parent", "e")
+    assert client.flush(20) is True
+    assert sorted(event["userId"] for event in receiver.unique) == ["child", "grandchild", "parent"]
+
+
+def test_forks_while_threads_are_inside_calls(make_client: MakeClient, receiver: Receiver) -> None:
+    client = make_client(max_queue_size=0)
+    stop = threading.Event()
+    counts = [0, 0, 0]
+
+    def work(n: int) -> None:
+        while not stop.is_set():
+            if client.track(f"t{n}", str(counts[n]))[0]:
+                counts[n] += 1
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        for round_ in range(25):
+            name = str(round_)
+            assert ended_well(in_child(lambda name=name: client.track("child", name)[0] or os._exit(3)))
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(20)
+    assert client.flush(60) is True
+    for n in range(3):
+        mine = [event["event"] for event in receiver.unique if event["userId"] == f"t{n}"]
+        assert mine == [str(i) for i in range(counts[n])]
+    assert sorted(int(e["event"]) for e in receiver.unique if e["userId"] == "child") == list(range(25))
+
+
+def _tracks(url: str, folder: str, name: str) -> None:
+    with Client("test-key", url, outbox_dir=folder) as client:
+        for i in range(20):
+            assert client.track(name, str(i))[0]
+
+
+@pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
+def test_multiprocessing(make_client: MakeClient, receiver: Receiver, tmp_path: Path, method: str) -> None:
+    client = make_client()
+    client.track("parent", "e")
+    context = multiprocessing.get_context(method)
+    arguments = [(receiver.url, str(tmp_path / "outbox"), f"p{n}") for n in range(3)]
+    processes = [context.Process(target=_tracks, args=each) for each in arguments]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    assert client.flush(20) is True
+    assert len(receiver.unique) == 61
+    assert receiver.duplicates == 0
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="calls the C library's fork by name")
+def test_a_fork_in_c_keeps_the_wal_that_the_child_writes(make_client: MakeClient, tmp_path: Path) -> None:
+    """As uWSGI forks: no hook runs, so the child inherits an open connection with SQLite's idea of its locks.
+
+    Without the two locks that the child takes by itself, another process that opens or closes the database takes it
+    for unused and deletes the WAL, and what the child commits afterwards is lost.
+    """
+    client = make_client(deliver=False)
+    client.track("parent", "before")
+    to_child, from_parent = os.pipe()
+    to_parent, from_child = os.pipe()
+
+    def work() -> None:
+        assert client.track("child", "1")[0]
+        os.write(from_child, b"x")
+        assert os.read(to_child, 1) == b"x"
+        assert client.track("child", "2")[0]
+
+    child = in_child(work, ctypes.CDLL(None).fork)
+    assert os.read(to_parent, 1) == b"x"
+    client.shutdown()  # the parent's is the last connection that the kernel knows of
+    code = "import sqlite3, sys; c = sqlite3.connect(sys.argv[1]); c.execute('SELECT count(*) FROM event'); c.close()"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "outbox" / "outbox.db")], check=True)
+    os.write(from_parent, b"x")
+    assert ended_well(child)
+    for fd in (to_child, from_parent, to_parent, from_child):
+        os.close(fd)
+    connection = sqlite3.connect(tmp_path / "outbox" / "outbox.db")
+    (count,) = connection.execute("SELECT count(*) FROM event").fetchone()
+    connection.close()
+    assert count == 3
