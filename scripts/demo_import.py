@@ -20,7 +20,7 @@ WRITE_KEY = "demo-write-key"
 
 def main() -> int:
     """Show it; 0 if nothing was lost."""
-    from segment_durable.testing import Receiver
+    from segment_durable.testing import Drop, Honest, Receiver
 
     log, source = read_log()
     say(f"{len(log)} events to import, from {source}.")
@@ -30,6 +30,9 @@ def main() -> int:
     ):
         outbox = Path(folder) / "outbox"
         say(f"A receiver as strict as Segment's API listens on {receiver.url}; the outbox is {outbox}.")
+
+        receiver.script(Honest(), Drop(after=True))
+        say("It will lose its second answer on the way: the batch is taken, and the sender can't know.")
 
         kill_after = len(log) // 2
         say(f"\nFirst run: a process calls track() for each. After {kill_after} calls it is killed with SIGKILL ...")
@@ -128,7 +131,7 @@ def job(commits: TextIO, url: str, outbox: str) -> None:
     analytics.write_key = WRITE_KEY
     analytics.host = url
     analytics.outbox_dir = outbox
-    analytics.upload_size = 20
+    analytics.upload_size = 6
 
     for line in commits:
         commit = json.loads(line)
@@ -145,7 +148,7 @@ def job(commits: TextIO, url: str, outbox: str) -> None:
 
 def inspect(outbox: Path) -> dict[str, int]:
     """What the bundled inspector says of the outbox."""
-    command = [sys.executable, "-m", "segment_durable.cli", "status", str(outbox), "--json"]
+    command = [sys.executable, str(ROOT / "scripts" / "outbox.py"), "status", str(outbox), "--verify", "--json"]
     done = subprocess.run(command, capture_output=True, check=True, text=True)
     status: dict[str, int] = json.loads(done.stdout)
     return status

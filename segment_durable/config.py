@@ -161,17 +161,26 @@ def default_outbox_dir(write_key: str) -> Path:
     source = hashlib.sha256(b"segment-durable source\0" + write_key.encode()).hexdigest()[:16]
     base = os.environ.get(ENVIRONMENT_DIR)
     if not base:
-        base = platformdirs.user_state_dir("segment-durable", appauthor=False)
+        try:
+            base = platformdirs.user_state_dir("segment-durable", appauthor=False)
+        except RuntimeError:  # newer versions raise; older ones return a path that begins with "~"
+            base = "~"
+        if not os.path.isabs(base):
+            raise _homeless(base)
     return _absolute(base) / source
 
 
 def _absolute(path: str) -> Path:
     whole = os.path.expanduser(path)
     if whole.startswith("~"):  # not expanded: no HOME and no entry in the user database, or no such user
-        raise OutboxUnavailable(
-            path, f"there is no such home folder: set outbox_dir, or {ENVIRONMENT_DIR}, to a folder on a local disk"
-        )
+        raise _homeless(path)
     return Path(os.path.abspath(whole))
+
+
+def _homeless(path: str) -> OutboxUnavailable:
+    return OutboxUnavailable(
+        path, f"there is no such home folder: set outbox_dir, or {ENVIRONMENT_DIR}, to a folder on a local disk"
+    )
 
 
 def _kind(value: object) -> str:

@@ -177,7 +177,9 @@ class Database:
         with self._writer() as connection, _translated():
             free: int = connection.execute("PRAGMA freelist_count").fetchone()[0]
             if free:
-                connection.execute(f"PRAGMA incremental_vacuum({pages})").fetchall()
+                # Not execute(): the pragma is a statement without columns that has to be stepped once for each page,
+                # and a cursor of Python's steps such a one once only.
+                connection.executescript(f"PRAGMA incremental_vacuum({pages})")
                 self._wrote(pages * PAGE_SIZE)
         return free > pages
 

@@ -167,7 +167,6 @@ class Delivery:
         if not rows:  # the lease was lost, or an operator erased them
             self._outbox.release(lease)
             self._drop()
-            self._cuts = []
             return None
         return pack(rows, self._write_key, self._config.upload_size)
 

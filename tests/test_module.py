@@ -1,0 +1,186 @@
+"""The module as a drop-in: light to import, one default client, every public name there and described."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import subprocess
+import sys
+import threading
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import segment_durable
+from segment_durable import client as client_module
+from segment_durable.config import DEFAULTS
+
+HEAVY = ["jwt", "cryptography", "requests", "sqlite3", "orjson", "tenacity", "platformdirs", "urllib3", "dateutil"]
+
+
+def fresh(code: str) -> Any:
+    """What `code` prints as JSON in an interpreter of its own, with every warning an error."""
+    done = subprocess.run(
+        [sys.executable, "-X", "dev", "-W", "error", "-c", code], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    return json.loads(done.stdout)
+
+
+def test_an_import_loads_nothing_heavy_and_starts_nothing() -> None:
+    loaded, threads, handlers, sockets = fresh(
+        "import sys, json, threading, logging\n"
+        "import segment_durable\n"
+        "print(json.dumps([sorted(sys.modules), threading.active_count(), len(logging.getLogger('segment').handlers),"
+        " 'socket' in sys.modules]))"
+    )
+    assert "segment_durable" in loaded
+    assert [name for name in loaded if name.partition(".")[0] in HEAVY] == []
+    assert "segment_durable.client" not in loaded
+    assert (threads, handlers, sockets) == (1, 0, False)
+
+
+def test_the_client_loads_when_it_is_asked_for() -> None:
+    before, after = fresh(
+        "import sys, json, segment_durable\n"
+        "before = 'segment_durable.client' in sys.modules\n"
+        "segment_durable.Client\n"
+        "print(json.dumps([before, 'segment_durable.client' in sys.modules]))"
+    )
+    assert (before, after) == (False, True)
+    (names,) = fresh(
+        "import json\nfrom segment_durable import *\nprint(json.dumps([[Client.__name__, track.__name__, VERSION]]))"
+    )
+    assert names == ["Client", "track", segment_durable.VERSION]
+
+
+def public_names() -> set[str]:
+    """Every public function, class and import from this package that the module's source defines."""
+    tree = ast.parse(inspect.getsource(segment_durable))
+    names: set[str] = set()
+    for each in ast.walk(tree):
+        if isinstance(each, (ast.FunctionDef, ast.ClassDef)):
+            names.add(each.name)
+        elif isinstance(each, ast.ImportFrom) and (each.module or "").startswith("segment_durable"):
+            names.update(alias.asname or alias.name for alias in each.names)
+    return {name for name in names if not name.startswith("_")} - {"DEFAULTS"}
+
+
+def test_all_is_sorted_and_complete() -> None:
+    names = segment_durable.__all__
+    # As ruff sorts it: constants, classes, the rest.
+    assert names == sorted(names, key=lambda name: (not name.isupper(), not name[0].isupper(), name))
+    assert set(names) == public_names()
+    assert len(names) == len(set(names))
+    for name in names:
+        assert getattr(segment_durable, name) is not None
+    assert set(names) | DEFAULTS.keys() <= set(dir(segment_durable))
+
+
+def test_every_public_name_has_a_docstring() -> None:
+    assert segment_durable.__doc__
+    for name in segment_durable.__all__:
+        each = getattr(segment_durable, name)
+        if name == "VERSION":
+            assert each == segment_durable.__version__
+            continue
+        assert (inspect.getdoc(each) or "").strip(), name
+        assert each.__doc__, name  # its own, not its base's
+        if inspect.isclass(each):
+            for key, member in vars(each).items():
+                if not key.startswith("_") and (inspect.isfunction(member) or isinstance(member, property)):
+                    assert member.__doc__, f"{name}.{key}"
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'trakc'"):
+        segment_durable.trakc
+
+
+def test_the_default_client_is_made_once_also_if_eight_threads_ask_at_once(
+    analytics: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+    inside = threading.Barrier(8)
+    second_may_come = threading.Event()
+
+    class Slow(client_module.Client):
+        def __init__(self, *args: Any, **settings: Any) -> None:
+            made.append(self)
+            second_may_come.wait(0.2)  # time for the seven others to come in here, if they could
+            super().__init__(*args, **settings)
+
+    monkeypatch.setattr(client_module, "Client", Slow)
+    results: list[tuple[bool, Any]] = []
+
+    def track(i: int) -> None:
+        inside.wait(10)
+        results.append(analytics.track("u", str(i)))
+
+    threads = [threading.Thread(target=track, args=(i,)) for i in range(8)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join(30)
+    assert [accepted for accepted, _ in results] == [True] * 8
+    assert made == [analytics.default_client]
+    assert analytics.stats().accepted == 8
+
+
+def test_default_client_none_makes_a_new_one_with_the_settings_of_then(analytics: ModuleType) -> None:
+    analytics.track("u", "one")
+    first = analytics.default_client
+    assert first is not None
+    analytics.track("u", "two")
+    assert analytics.default_client is first
+    first.shutdown(10)
+    analytics.default_client = None
+    analytics.max_queue_size = 1
+    analytics.deliver = False
+    assert analytics.track("u", "three")[0] is True
+    assert analytics.track("u", "four")[0] is False
+    assert analytics.default_client is not first
+    assert analytics.stats().accepted == 3
+
+
+def test_every_setting_of_the_module_reaches_the_client(analytics: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    received: dict[str, Any] = {}
+
+    class Recorder:
+        def __init__(self, **settings: Any) -> None:
+            received.update(settings)
+
+        def track(self, *_: Any) -> tuple[bool, dict[str, Any]]:
+            return True, {}
+
+    monkeypatch.setattr(client_module, "Client", Recorder)
+    values = {name: object() for name in DEFAULTS}
+    for name, value in values.items():
+        monkeypatch.setattr(analytics, name, value)
+    analytics.track("u", "e")
+    assert received == values
+    analytics.default_client = None  # it has no shutdown()
+
+
+def test_flush_and_shutdown_take_a_timeout_and_tell_whether_all_has_left(analytics: ModuleType) -> None:
+    assert analytics.track("u", "e")[0] is True
+    assert analytics.flush(timeout=10) is True
+    assert analytics.stats().delivered == 1
+    analytics.join()
+    assert analytics.shutdown(timeout=10) is True
+
+
+def test_ending_what_never_began_makes_no_client(analytics: ModuleType) -> None:
+    analytics.join()
+    assert analytics.shutdown() is True
+    assert analytics.default_client is None
+
+
+@pytest.mark.parametrize("name", ["flush", "stats", "track"])
+def test_a_wrong_setting_is_told_at_the_first_call(analytics: ModuleType, name: str) -> None:
+    analytics.write_key = None
+    with pytest.raises(AssertionError, match="write_key must be a str"):
+        getattr(analytics, name)(*(["u", "e"] if name == "track" else []))
+    assert analytics.default_client is None

@@ -1,0 +1,177 @@
+"""The thread that keeps the files in order: syncs, checkpoints, space given back, and rest."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from segment_durable import db, upkeep
+from segment_durable.clock import SystemClock
+from segment_durable.errors import StorageError
+from segment_durable.outbox import Outbox
+from segment_durable.records import Lease
+from segment_durable.upkeep import Upkeep
+
+BODY = b'{"n":1}'
+
+
+@pytest.fixture
+def outbox(tmp_path: Path) -> Iterator[Outbox]:
+    outbox = Outbox(tmp_path / "outbox", SystemClock())
+    yield outbox
+    outbox.close()
+
+
+@pytest.fixture
+def keeper(outbox: Outbox) -> Iterator[Upkeep]:
+    keeper = Upkeep(outbox.db, SystemClock())
+    yield keeper
+    assert keeper.stop(10)
+
+
+class Signals:
+    """Counts the calls of a function, and lets a test wait for them."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self._changed = threading.Condition()
+
+    def note(self) -> None:
+        with self._changed:
+            self.times.append(time.monotonic())
+            self._changed.notify_all()
+
+    def wait_for(self, count: int) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: len(self.times) >= count, timeout=10)
+
+
+@pytest.fixture
+def syncs(monkeypatch: pytest.MonkeyPatch) -> Signals:
+    signals = Signals()
+    real = db.sync_file
+
+    def sync_file(fd: int) -> None:
+        real(fd)
+        signals.note()
+
+    monkeypatch.setattr(db, "sync_file", sync_file)
+    return signals
+
+
+def test_a_commit_is_synced_within_half_a_second(outbox: Outbox, keeper: Upkeep, syncs: Signals) -> None:
+    for count in (1, 2, 3):
+        committed = time.monotonic()
+        outbox.put(BODY, 1)
+        assert outbox.db.is_unsynced
+        assert syncs.wait_for(count)
+        # The bound is upkeep.SYNC_SECONDS and the sync itself; the rest is for a loaded machine.
+        assert syncs.times[-1] - committed < 5
+        assert not outbox.db.is_unsynced
+    assert upkeep.SYNC_SECONDS <= 0.5
+
+
+def test_many_commits_share_one_sync(outbox: Outbox, keeper: Upkeep, syncs: Signals) -> None:
+    started = time.monotonic()
+    for _ in range(300):
+        outbox.put(BODY, 1)
+    seconds = time.monotonic() - started
+    assert syncs.wait_for(1)
+    assert len(syncs.times) <= 2 + seconds / upkeep.SYNC_SECONDS
+
+
+def test_nothing_runs_before_the_first_write_nor_without_any(outbox: Outbox, keeper: Upkeep, syncs: Signals) -> None:
+    outbox.pending()
+    assert [thread for thread in threading.enumerate() if "upkeep" in thread.name] == []
+    outbox.put(BODY, 1)
+    assert [thread.name for thread in threading.enumerate() if "upkeep" in thread.name] == ["segment-durable-upkeep"]
+
+
+def test_with_full_each_commit_is_synced_by_sqlite_and_not_again(tmp_path: Path, syncs: Signals) -> None:
+    outbox = Outbox(tmp_path / "full", SystemClock(), full=True)
+    keeper = Upkeep(outbox.db, SystemClock())
+    outbox.put(BODY, 1)
+    assert not outbox.db.is_unsynced
+    assert keeper.stop(10)
+    assert syncs.times == []
+    outbox.close()
+
+
+def test_stop_syncs_what_is_left(outbox: Outbox, syncs: Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upkeep, "SYNC_SECONDS", 3600.0)
+    keeper = Upkeep(outbox.db, SystemClock())
+    outbox.put(BODY, 1)
+    assert keeper.stop(10)
+    assert len(syncs.times) >= 1
+    assert not outbox.db.is_unsynced
+
+
+def test_a_sync_that_fails_is_told_once_and_tried_again(
+    outbox: Outbox, keeper: Upkeep, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(upkeep, "SYNC_SECONDS", 0.001)
+    tried = Signals()
+
+    def broken(fd: int) -> None:
+        tried.note()
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(db, "sync_file", broken)
+        for count in (1, 2, 3):
+            outbox.put(BODY, 1)
+            assert tried.wait_for(count)
+        with pytest.raises(StorageError, match="synced"):
+            outbox.db.sync()
+        assert outbox.db.is_unsynced
+    assert len([record for record in caplog.records if "kept in order" in record.getMessage()]) == 1
+    outbox.db.sync()
+    assert not outbox.db.is_unsynced
+
+
+def test_the_wal_is_checkpointed_when_due_so_that_it_stays_small(
+    outbox: Outbox, keeper: Upkeep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(db, "CHECKPOINT_BYTES", 200_000)
+    body = b'"%b"' % (b"x" * 20_000)
+    for _ in range(400):
+        outbox.put(body, 1)
+    # 8 MB of events went through it.
+    assert outbox.db.wal_bytes() < 4_000_000
+
+
+def test_without_a_thread_the_writer_checkpoints(outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(db, "OVERDUE_BYTES", 200_000)
+    body = b'"%b"' % (b"x" * 20_000)
+    for _ in range(200):
+        outbox.put(body, 1)
+    assert outbox.db.wal_bytes() < 1_000_000
+
+
+def test_space_comes_back_after_a_drain(outbox: Outbox, keeper: Upkeep, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upkeep, "_QUIET_SECONDS", 0.01)
+    small = Signals()
+    real = outbox.db.checkpoint
+
+    def checkpoint(*, truncate: bool = False) -> bool:
+        done = real(truncate=truncate)
+        if truncate and done:
+            small.note()
+        return done
+
+    monkeypatch.setattr(outbox.db, "checkpoint", checkpoint)
+    body = b'"%b"' % (b"x" * 30_000)
+    for _ in range(700):
+        outbox.put(body, 1)
+    assert outbox.db.size_on_disk() > 15_000_000
+    while isinstance(lease := outbox.lease(100, 60), Lease):
+        outbox.ack(lease, lease.last)
+    assert small.wait_for(1)
+    while outbox.db.give_back_space(256):  # what the thread has left, if it was interrupted by the last ack
+        pass
+    outbox.db.checkpoint(truncate=True)
+    assert outbox.db.size_on_disk() < 1_000_000
