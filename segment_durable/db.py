@@ -81,29 +81,32 @@ class Database:
             except BaseException:
                 roll_back(connection)
                 raise
-            self._wrote(4 * PAGE_SIZE)
+        self.wrote(4 * PAGE_SIZE)
 
-    def write_one(self, statement: str, parameters: tuple[Any, ...], size: int) -> int:
+    def write_one(self, statement: str, parameters: tuple[Any, ...]) -> int:
         """One statement in a transaction of its own, which is what a put is; how many rows it changed.
 
-        `size`: about how many bytes it writes.  It may be called within another call by the same thread (a signal
-        handler), as long as that has no transaction open.
+        Under the writer lock, after whose release `wrote()` is to be called.  It may be called within another call by
+        the same thread (a signal handler), as long as that has no transaction open.
         """
-        lock = self.lock
-        lock.acquire(WRITE_TIMEOUT)
+        connection = self._connection or self._open()
+        if connection.in_transaction:
+            raise OutboxBusy("the call was made by a signal handler or a finalizer while its thread was writing")
         try:
-            connection = self._connection or self._open()
-            if connection.in_transaction:
-                raise OutboxBusy("the call was made by a signal handler or a finalizer while its thread was writing")
-            changed = connection.execute(statement, parameters).rowcount
+            return connection.execute(statement, parameters).rowcount
         except sqlite3.Error as problem:
-            if self._connection is not None:
-                roll_back(self._connection)
+            roll_back(connection)
             raise storage_error(problem) from problem
-        finally:
-            lock.release()
-        self._wrote(size)
-        return changed
+
+    def wrote(self, size: int) -> None:
+        """About `size` bytes were committed, and the writer lock is free again."""
+        self._unchecked_bytes += size + PAGE_SIZE + FRAME_HEADER_BYTES
+        if not self._full:
+            self._unsynced = True
+        if self._unchecked_bytes > OVERDUE_BYTES and not self.lock.depth:
+            with contextlib.suppress(OutboxError):
+                self.checkpoint()
+        self.on_written()
 
     @contextlib.contextmanager
     def read(self) -> Iterator[sqlite3.Connection]:
@@ -180,7 +183,8 @@ class Database:
                 # Not execute(): the pragma is a statement without columns that has to be stepped once for each page,
                 # and a cursor of Python's steps such a one once only.
                 connection.executescript(f"PRAGMA incremental_vacuum({pages})")
-                self._wrote(pages * PAGE_SIZE)
+        if free:
+            self.wrote(pages * PAGE_SIZE)
         return free > pages
 
     def wal_bytes(self) -> int:
@@ -231,15 +235,6 @@ class Database:
             yield self._connection or self._open()
         finally:
             self.lock.release()
-
-    def _wrote(self, size: int) -> None:
-        self._unchecked_bytes += size + PAGE_SIZE + FRAME_HEADER_BYTES
-        if not self._full:
-            self._unsynced = True
-        if self._unchecked_bytes > OVERDUE_BYTES and not self.lock.depth:
-            with contextlib.suppress(OutboxError):
-                self.checkpoint()
-        self.on_written()
 
     def _open(self) -> sqlite3.Connection:
         """Connect, under the mutex; create or check the schema, which takes the writer lock."""

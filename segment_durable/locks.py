@@ -117,9 +117,18 @@ class LockFile:
         Waits at most about `timeout` seconds, then raises `OutboxBusy`; `StorageError` if the system refuses.  May be
         taken again by the thread that has it.
         """
-        mutex = self.mutex
-        if not mutex.acquire(False) and not mutex.acquire(timeout=timeout):
+        if not self.mutex.acquire(False) and not self.mutex.acquire(timeout=timeout):
             raise OutboxBusy(f"another thread has been writing to the outbox for {timeout:g} s")
+        self._enter(timeout)
+
+    def acquire_unless_busy(self, timeout: float) -> bool:
+        """As `acquire`, but False, with nothing taken, if another thread has the lock or waits for a process."""
+        if not self.mutex.acquire(False):
+            return False
+        self._enter(timeout)
+        return True
+
+    def _enter(self, timeout: float) -> None:
         self._depth += 1
         if self._depth > 1:
             return
@@ -130,7 +139,7 @@ class LockFile:
                 self._wait_for_writer(timeout)
         except BaseException as problem:
             self._depth -= 1
-            mutex.release()
+            self.mutex.release()
             if isinstance(problem, OSError):
                 reason = problem.strerror or type(problem).__name__
                 raise StorageError(f"the lock file can't be locked: {reason}", "SQLITE_IOERR") from problem

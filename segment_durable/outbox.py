@@ -97,12 +97,16 @@ class Outbox:
         waiting.  Threads that come at the same time are committed in one transaction.
         """
         parameters = (appended_at, body, max_pending or _NO_LIMIT)
-        mutex = self.db.lock.mutex
-        if not self._waiting and mutex.acquire(False):
+        db = self.db
+        lock = db.lock
+        if not self._waiting and lock.acquire_unless_busy(WRITE_TIMEOUT):
             try:
-                return self.db.write_one(_PUT, parameters, len(body)) == 1
+                accepted = db.write_one(_PUT, parameters)
             finally:
-                mutex.release()
+                lock.release()
+            db.wrote(len(body))
+            return accepted == 1
+        mutex = lock.mutex
         put = _Put(parameters)
         self._waiting.append(put)
         if not mutex.acquire(timeout=WRITE_TIMEOUT):
@@ -126,12 +130,8 @@ class Outbox:
         """Commit the puts that wait, in the order in which they came.  Under the mutex."""
         group = [self._waiting.popleft() for _ in range(min(len(self._waiting), _MAX_GROUP))]
         try:
-            if len(group) == 1:
-                size = len(group[0].parameters[1])
-                accepted = [self.db.write_one(_PUT, group[0].parameters, size) == 1]
-            else:
-                with self.db.write() as connection:
-                    accepted = [connection.execute(_PUT, put.parameters).rowcount == 1 for put in group]
+            with self.db.write() as connection:
+                accepted = [connection.execute(_PUT, put.parameters).rowcount == 1 for put in group]
         except BaseException as problem:
             for put in group:
                 put.error = problem if isinstance(problem, OutboxError) else StorageError("the write was interrupted")

@@ -151,8 +151,8 @@ class Sender:
     def stop(self, timeout: float, then: Callable[[], None]) -> bool:
         """End the threads after the step they are at; whether they ended within `timeout` seconds.
 
-        A later need starts them again.  `then` is called when the last of them has ended, in that thread or in this one; a thread that waits for the
-        network longer than `timeout` ends by itself when that wait does.
+        A later need starts them again.  `then` is called when the last of them has ended, in that thread or in this
+        one; a thread that waits for the network longer than `timeout` ends by itself when that wait does.
         """
         with self._lock:
             workers, self._workers = self._workers, []

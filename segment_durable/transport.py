@@ -13,7 +13,7 @@ import requests
 from requests.adapters import HTTPAdapter
 from requests.structures import CaseInsensitiveDict
 from requests.utils import get_environ_proxies
-from urllib3.exceptions import HTTPError, ReadTimeoutError, SSLError
+from urllib3.exceptions import ReadTimeoutError, SSLError
 
 __all__ = ["RequestsTransport", "Response", "Transport", "TransportError"]
 
@@ -80,8 +80,11 @@ class RequestsTransport:
             )
             with response:
                 answer = _read(response, time.monotonic() + timeout)
-        except (requests.RequestException, HTTPError, OSError, ValueError) as problem:
-            # Without its cause, whose text may hold a proxy's password.
+        except TransportError:
+            raise
+        except Exception as problem:
+            # Any, for requests lets TypeErrors and others through for an odd proxy URL; and without its cause, whose
+            # text may hold that proxy's password.
             raise _transport_error(problem) from None
         return Response(response.status_code, CaseInsensitiveDict(response.headers), answer)
 
@@ -138,6 +141,8 @@ def _read(response: requests.Response, deadline: float) -> bytes:
         answer += chunk
         if time.monotonic() > deadline:
             raise TransportError("timeout", "the answer did not end in time")
+    if not answer and _ends_in_its_head(response):
+        raise TransportError("connection", "the answer ended in its headers")
     answer = answer[:MAX_ANSWER_BYTES]
     if response.headers.get("Content-Encoding", "").lower() in ("gzip", "deflate"):  # we did not ask for it
         try:
@@ -145,6 +150,19 @@ def _read(response: requests.Response, deadline: float) -> bytes:
         except zlib.error:
             pass
     return answer
+
+
+def _ends_in_its_head(response: requests.Response) -> bool:
+    """Whether an answer without a body was cut off: http.client takes the end of the stream for the end of the headers.
+
+    A cut between two headers can't be told from the answer of a simple server that announces no length.
+    """
+    if response.status_code in (204, 304) or {"Content-Length", "Transfer-Encoding"} & {
+        *map(str.title, response.headers)
+    }:
+        return False
+    head = getattr(getattr(response.raw, "_original_response", None), "msg", None)
+    return not response.headers or bool(getattr(head, "defects", ()))
 
 
 def _transport_error(problem: Exception) -> TransportError:

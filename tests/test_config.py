@@ -126,7 +126,7 @@ def test_a_config_is_immutable_and_the_defaults_are_valid() -> None:
 
 
 def every(names: list[str], values: list[Any]) -> dict[str, list[Any]]:
-    return {name: values for name in names}
+    return dict.fromkeys(names, values)
 
 
 NOT_TEXT = [None, 1, b"text", ["text"], object()]
