@@ -109,10 +109,13 @@ class Database:
         self.on_written()
 
     @contextlib.contextmanager
-    def read(self) -> Iterator[sqlite3.Connection]:
-        """One consistent view; blocks the other threads of this process, not the other processes."""
+    def read(self, timeout: float = WRITE_TIMEOUT) -> Iterator[sqlite3.Connection]:
+        """One consistent view; blocks the other threads of this process, not the other processes.
+
+        Raises `StorageError` if another thread keeps the connection for `timeout` seconds.
+        """
         mutex = self.lock.mutex
-        if not mutex.acquire(timeout=WRITE_TIMEOUT):
+        if not mutex.acquire(timeout=timeout):
             raise StorageError("the outbox is in use by another thread", "SQLITE_BUSY")
         try:
             with _translated():
@@ -196,7 +199,7 @@ class Database:
 
     # -- life
 
-    def suspend(self, timeout: float = 2.0) -> bool:
+    def suspend(self, timeout: float = 30.0) -> bool:
         """Close the connection and keep every other thread out until `resume()`: done around a fork.
 
         A SQLite connection must not be carried over a fork, not even unused: SQLite counts its POSIX locks for each
@@ -207,24 +210,28 @@ class Database:
         """
         if not self.lock.mutex.acquire(timeout=timeout):
             return False
-        self._disconnect()
+        self._disconnect(WRITE_TIMEOUT)
         return True
 
     def resume(self) -> None:
         """End `suspend()`, in the process that called it; the next call opens the connection again."""
         self.lock.mutex.release()
 
-    def close(self) -> None:
-        """Close the connection and the lock file.  The object can't be used any more; may be called twice."""
+    def close(self, timeout: float = WRITE_TIMEOUT) -> None:
+        """Close the connection and the lock file, waiting for others `timeout` seconds at most.
+
+        The object can't be used any more; may be called twice.
+        """
         if self._closed:
             return
         self._closed = True
-        if self.lock.mutex.acquire(timeout=WRITE_TIMEOUT):
+        if self.lock.mutex.acquire(timeout=timeout):
             try:
-                self._disconnect()
+                self._disconnect(timeout)
             finally:
                 self.lock.mutex.release()
-        self.lock.close()
+            self.lock.close()
+        # Otherwise a thread is at work in there: its connection and the lock file end with the process.
 
     # -- inside
 
@@ -252,13 +259,14 @@ class Database:
         self._connection = connection
         return connection
 
-    def _disconnect(self) -> None:
+    def _disconnect(self, timeout: float) -> None:
         connection, self._connection = self._connection, None
         if connection is None:
             return
         # The last close of all processes checkpoints and removes the WAL; that, too, belongs under the writer lock.
+        # A process that keeps the lock has the database open, so this is not the last.
         try:
-            self.lock.acquire(WRITE_TIMEOUT)
+            self.lock.acquire(timeout)
         except OutboxError:
             connection.close()
             return

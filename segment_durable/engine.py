@@ -119,10 +119,11 @@ class Engine:
     def close(self, timeout: float) -> bool:
         """End the threads and close the files; whether the threads ended within `timeout` seconds."""
         self.closed = True
+        end = self.clock.boot() + timeout
 
         def close_files() -> None:
-            self.upkeep.stop(1.0)
-            self.outbox.close()
+            self.upkeep.stop(max(0.0, end - self.clock.boot()))
+            self.outbox.close(max(0.05, end - self.clock.boot()))
 
         return self.sender.close(timeout, close_files)
 

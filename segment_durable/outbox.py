@@ -84,9 +84,12 @@ class Outbox:
                 self.db.close()
                 raise
 
-    def close(self) -> None:
-        """Close the files.  May be called twice; nothing else may be called afterwards."""
-        self.db.close()
+    def close(self, timeout: float = WRITE_TIMEOUT) -> None:
+        """Close the files, waiting for other threads and processes `timeout` seconds at most.
+
+        May be called twice; nothing else may be called afterwards.
+        """
+        self.db.close(timeout)
 
     # -- in
 
@@ -166,9 +169,9 @@ class Outbox:
             if span is None:
                 return NotNow("leased", _BUSY_LOOK) if living else NotNow("empty", None)
             first, last = span
-            failures = connection.execute("SELECT failures FROM backoff").fetchone()[0]
+            (before,) = connection.execute("SELECT failures + (first_throttle IS NOT NULL) FROM backoff").fetchone()
             lost = [attempt + 1 for from_id, to_id, _, attempt, *_ in dead if from_id <= last and first <= to_id]
-            lease = Lease(secrets.token_bytes(16), first, last, max([failures, *lost]), now + seconds)
+            lease = Lease(secrets.token_bytes(16), first, last, max([before, *lost]), now + seconds)
             connection.execute(
                 "INSERT INTO lease (first_id, last_id, token, attempt, holder, pid, boot_id, leased_at, deadline) "
                 "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -222,11 +225,7 @@ class Outbox:
             connection.execute(
                 "UPDATE state SET delivered = delivered + ?, last_id = max(last_id, ?)", (deleted, through)
             )
-            connection.execute(
-                "UPDATE backoff SET not_before = 0, not_before_wall = 0, told = 0, failures = 0, first_failure = NULL, "
-                "first_throttle = NULL, reported = 0 "
-                "WHERE failures > 0 OR told OR reported OR not_before > 0 OR first_throttle IS NOT NULL"
-            )
+            self._end_backoff(connection)
             self._shrink(connection, lease, through, last)
         if through >= last:
             self.db.lock.held.discard(lease.token)
@@ -251,6 +250,7 @@ class Outbox:
             ).rowcount
             connection.execute("DELETE FROM event WHERE id = ?", (event_id,))
             connection.execute("UPDATE state SET buried = buried + ?, last_id = max(last_id, ?)", (moved, event_id))
+            self._end_backoff(connection)
             self._shrink(connection, lease, event_id, found[1])
         if event_id >= found[1]:
             self.db.lock.held.discard(lease.token)
@@ -340,15 +340,18 @@ class Outbox:
 
     # -- what is there
 
-    def last_id(self) -> int:
-        """The highest id ever given, 0 if none was."""
-        with self.db.read() as connection:
+    def last_id(self, timeout: float = WRITE_TIMEOUT) -> int:
+        """The highest id ever given, 0 if none was; `timeout` as for `first_id`."""
+        with self.db.read(timeout) as connection:
             last: int = connection.execute(TOTALS).fetchone()[0]
         return last
 
-    def first_id(self) -> int | None:
-        """The lowest id among the events that have not left, or None."""
-        with self.db.read() as connection:
+    def first_id(self, timeout: float = WRITE_TIMEOUT) -> int | None:
+        """The lowest id among the events that have not left, or None.
+
+        Raises `StorageError` if another thread keeps the connection for `timeout` seconds.
+        """
+        with self.db.read(timeout) as connection:
             first: int | None = connection.execute("SELECT min(id) FROM event").fetchone()[0]
         return first
 
@@ -421,6 +424,19 @@ class Outbox:
         if not first <= through <= last:
             raise ValueError(f"event {through} is not within the lease of {first} to {last}")
         return first, last
+
+    def _end_backoff(self, connection: sqlite3.Connection) -> None:
+        """The receiver took or judged something, so it is there again.
+
+        A wait that it has asked for meanwhile, in an answer to another sender, holds nevertheless.
+        """
+        connection.execute(
+            "UPDATE backoff SET not_before = 0, not_before_wall = 0, told = 0, failures = 0, first_failure = NULL, "
+            "first_throttle = NULL, reported = 0 "
+            "WHERE (failures > 0 OR told OR reported OR not_before > 0 OR first_throttle IS NOT NULL) "
+            "AND NOT (told AND not_before > ? AND boot_id = ?)",
+            (self._clock.boot(), self._clock.boot_id()),
+        )
 
     def _shrink(self, connection: sqlite3.Connection, lease: Lease, through: int, last: int) -> None:
         if through >= last:

@@ -20,6 +20,7 @@ log = logging.getLogger("segment.durable.sender")
 _LOOK = 0.5  # seconds between looks at the outbox when idle: for the events of other processes, and for lost wake-ups
 _TROUBLE_WAIT = 1.0  # seconds after an error of the outbox
 _FLUSH_LOOK = 0.05  # seconds between looks in `flush`, for what other processes deliver
+_BUSY = 10.0  # seconds to wait for other threads at the outbox, where the caller named none
 _NEVER = 1 << 62
 
 
@@ -38,6 +39,7 @@ class Sender:
         self._workers: list[_Worker] = []
         self._closed = False
         self._inline: Delivery | None = None
+        self._inline_ends = False
         self._inline_lock = threading.Lock()
         self.changed = threading.Condition()  # notified after each step
         self.last_failure: tuple[int, bool] = (0, False)  # number of failed steps so far; was the budget used up
@@ -77,10 +79,10 @@ class Sender:
         `timeout`: seconds; `None` waits for as long as it takes, and ends when the retry budget is used up.
         Raises `OutboxError` if the outbox can't be read.
         """
-        target = self._outbox.last_id()
         end = None if timeout is None else self._clock.boot() + timeout
+        target = self._outbox.last_id(_BUSY if timeout is None else timeout)
         failures = self.last_failure[0]
-        if self._has_left(target):
+        if self._has_left(target, end):
             return True
         if threading.current_thread() in self._workers:
             return False  # a callback: its thread is the one that would have to deliver
@@ -90,7 +92,7 @@ class Sender:
         for worker in workers:
             worker.hurry_to(target)
         try:
-            while not self._has_left(target):
+            while not self._has_left(target, end):
                 remaining = _FLUSH_LOOK if end is None else min(_FLUSH_LOOK, end - self._clock.boot())
                 if remaining <= 0:
                     return False
@@ -114,10 +116,11 @@ class Sender:
         if not self._inline_lock.acquire(timeout=-1 if end is None else max(0.0, end - self._clock.boot())):
             return False
         try:
+            self._inline_ends = False
             delivery = self._inline = self._inline or self._make_delivery()
             # Others may have the lease; theirs ends, or dies, within that time.
             patience = self._clock.boot() + self._config.lease
-            while not self._has_left(target):
+            while not self._has_left(target, end):
                 now = self._clock.boot()
                 within = None if end is None else end - now
                 if within is not None and within <= 0:
@@ -127,15 +130,18 @@ class Sender:
                 if step.kind == "leased" and now < patience:
                     self._clock.wait(threading.Event(), 0.01)
                 elif not step.progress:
-                    return self._has_left(target)
+                    return self._has_left(target, end)
             return True
         finally:
+            if self._inline_ends and self._inline is not None:
+                self._inline.close()
+                self._inline = None
             self._inline_lock.release()
 
     def wait_for_others(self, target: int, seconds: float) -> bool:
         """Wait, at most `seconds`, until other processes have delivered up to the event `target`."""
         end = self._clock.boot() + seconds
-        while not self._has_left(target):
+        while not self._has_left(target, end):
             remaining = end - self._clock.boot()
             if remaining <= 0:
                 return False
@@ -156,14 +162,16 @@ class Sender:
         """
         with self._lock:
             workers, self._workers = self._workers, []
-        with self._inline_lock:
+        end = self._clock.boot() + timeout
+        self._inline_ends = True  # a thread that is delivering in `drain` closes its delivery when it leaves
+        if self._inline_lock.acquire(timeout=timeout):
             inline, self._inline = self._inline, None
             if inline is not None:
                 inline.close()
+            self._inline_lock.release()
         ending = _Ending(len(workers), then)
         for worker in workers:
             worker.stop(ending.one_ended)
-        end = self._clock.boot() + timeout
         for worker in workers:
             if worker is not threading.current_thread():
                 worker.join(max(0.0, end - self._clock.boot()))
@@ -177,8 +185,8 @@ class Sender:
                 self.last_failure = (self.last_failure[0] + 1, step.exhausted)
             self.changed.notify_all()
 
-    def _has_left(self, target: int) -> bool:
-        first = self._outbox.first_id()
+    def _has_left(self, target: int, end: float | None) -> bool:
+        first = self._outbox.first_id(_BUSY if end is None else max(0.0, end - self._clock.boot()))
         return first is None or first > target
 
 
@@ -273,9 +281,9 @@ class _Worker(threading.Thread):
             # Made in this thread, at the first need: it imports what the callers don't need.
             self._delivery = self._delivery or self._make_delivery()
             step = self._delivery.step(hurry=hurry)
-        except Exception as problem:
-            # Trouble with the disk, or a defect of ours: neither may end delivery for good.  The events are on disk.
-            # "exhausted", because a flush must not wait for what may not end.
+        except BaseException as problem:
+            # Trouble with the disk, a callback that calls sys.exit(), or a defect of ours: none of them may end
+            # delivery for good.  "exhausted", because a flush must not wait for what may not end.
             self._complain(problem, exc_info=not isinstance(problem, OutboxError))
             step = Step("failed", seconds=_TROUBLE_WAIT, exhausted=True)
         self._sender.note(step)
@@ -316,7 +324,7 @@ class _Worker(threading.Thread):
         self._appended = 0
         self._wake_at = events
 
-    def _complain(self, problem: Exception, *, exc_info: bool) -> None:
+    def _complain(self, problem: BaseException, *, exc_info: bool) -> None:
         times = self._trouble.tick()
         if times:
             log.error("delivery is held up (%d times): %s", times, problem, exc_info=exc_info)

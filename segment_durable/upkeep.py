@@ -56,7 +56,7 @@ class Upkeep:
         thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join(timeout)
-        self._sync()
+        self._sync(checkpoint=False)
         return thread is None or not thread.is_alive()
 
     def _start(self) -> None:
@@ -84,9 +84,9 @@ class Upkeep:
             if not self._clock.wait(self._written, _QUIET_SECONDS) and self._is_untidy():
                 self._tidy()
 
-    def _sync(self) -> None:
+    def _sync(self, *, checkpoint: bool = True) -> None:
         try:
-            if self._database.needs_checkpoint:
+            if checkpoint and self._database.needs_checkpoint:
                 self._database.checkpoint()
             elif self._database.is_unsynced:
                 self._database.sync()

@@ -256,7 +256,6 @@ def test_a_second_shutdown_and_one_by_another_thread_return_too(
     assert until(lambda: not sender_threads())
 
 
-@pytest.mark.xfail(strict=True, reason="Sender.stop waits without a bound for the thread that delivers inline")
 def test_shutdown_in_sync_mode_does_not_wait_for_a_call_in_another_thread(
     receiver: Receiver, make_client: Callable[..., Client]
 ) -> None:
@@ -284,7 +283,6 @@ sys.stdin.read()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX locks")
-@pytest.mark.xfail(strict=True, reason="the thread mutex is held while the writer lock is waited for, 5 s at most")
 def test_shutdown_keeps_to_its_time_while_another_process_keeps_the_writer_lock(
     receiver: Receiver, make_client: Callable[..., Client], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -308,7 +306,6 @@ def test_shutdown_keeps_to_its_time_while_another_process_keeps_the_writer_lock(
             holder.communicate()
 
 
-@pytest.mark.xfail(strict=True, reason="Sender.appended does not see that its thread has ended")
 def test_a_callback_that_ends_its_thread_does_not_end_delivery(
     receiver: Receiver, make_client: Callable[..., Client]
 ) -> None:

@@ -210,7 +210,6 @@ def test_nothing_is_sent_before_the_time_that_the_receiver_asked_for(bench: Benc
     assert others[0].step().kind == "delivered"
 
 
-@pytest.mark.xfail(strict=True, reason="Outbox.ack ends a wait that the receiver asked for after that upload began")
 def test_a_success_that_was_under_way_does_not_end_a_wait_that_the_receiver_asked_for(bench: Bench) -> None:
     bench.configure(upload_size=2, thread=2)
     bench.put(6)
@@ -324,7 +323,6 @@ def test_the_next_outage_is_reported_again(bench: Bench) -> None:
         assert len(reports.failures) == number
 
 
-@pytest.mark.xfail(strict=True, reason="Outbox.bury does not end the outage as Outbox.ack does")
 def test_the_next_outage_is_reported_again_after_a_refusal_too(bench: Bench) -> None:
     bench.configure(max_retries=0)
     reports = Reports()
@@ -404,7 +402,6 @@ def test_the_retry_count_survives_a_restart_and_a_crash(bench: Bench) -> None:
     assert after.posts[0].headers["X-Retry-Count"] == "5"
 
 
-@pytest.mark.xfail(strict=True, reason="Outbox.lease counts failures only, and a rate limit is none")
 def test_a_retry_after_a_rate_limit_says_so_also_after_a_restart(bench: Bench) -> None:
     bench.put()
     bench.sender([throttled(1)]).step()
