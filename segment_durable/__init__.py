@@ -13,6 +13,7 @@ nothing heavy: the client, and what it needs, are loaded at first use.
 
 from __future__ import annotations
 
+import os
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -71,9 +72,18 @@ default_client: Client | None = None
 
 _lock = threading.Lock()
 
+
+def _after_fork_in_child() -> None:
+    # Another thread of the parent may have been making the client.
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
+
 if TYPE_CHECKING:
     import logging
-    import os
     from collections.abc import Callable, Mapping
 
     from segment_durable.client import Client

@@ -321,8 +321,9 @@ class Client:
                 engines.call(self._config.on_error, "on_error", problem, [message])
 
     def _before_send(self, message: dict[str, Any]) -> dict[str, Any] | None:
-        """What the user's hook makes of a copy of the message; the message itself if the hook fails."""
+        """What the user's hook makes of a copy of the message; the message as it was if the hook fails."""
         assert self._config.before_send is not None
+        message = plain(message)  # which uses up generators, so the copy for the hook is one of this
         try:
             return self._config.before_send(plain(message))
         except Exception:

@@ -9,6 +9,7 @@ import stat
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
+from urllib.parse import quote
 
 from segment_durable.errors import NotAnOutbox, OutboxUnavailable, StorageError
 
@@ -43,12 +44,12 @@ def connect(path: Path, *, full: bool) -> sqlite3.Connection:
     To be called under the writer lock.  Raises `OutboxUnavailable`, `NotAnOutbox`, `sqlite3.Error` or `OSError`.
     """
     is_new = _create_private(path)
+    if not is_new:
+        _check_identity(path)
     connection = sqlite3.connect(str(path), timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
     try:
-        if is_new or os.path.getsize(path) == 0:
-            connection.execute(f"PRAGMA page_size={PAGE_SIZE}")
-            connection.execute("PRAGMA auto_vacuum=INCREMENTAL")
-        _check_identity(connection, path)
+        # The schema comes before the WAL: so the file itself, without its WAL, says whose it is.
+        _migrate(connection, path)
         mode = connection.execute("PRAGMA journal_mode=WAL").fetchone()[0]
         if mode != "wal":
             raise OutboxUnavailable(
@@ -59,7 +60,6 @@ def connect(path: Path, *, full: bool) -> sqlite3.Connection:
         connection.execute(f"PRAGMA synchronous={'FULL' if full else 'NORMAL'}")
         connection.execute("PRAGMA secure_delete=FAST")  # some builds default to ON, which rewrites deleted pages
         connection.execute("PRAGMA temp_store=MEMORY")
-        _migrate(connection, path)
         if is_new:
             _sync_folder(path.parent)
     except BaseException:
@@ -78,6 +78,9 @@ def _migrate(connection: sqlite3.Connection, path: Path) -> None:
                 path, f"was written by a newer segment_durable (schema {version}): upgrade this one"
             )
         return
+    if version == 0:
+        connection.execute(f"PRAGMA page_size={PAGE_SIZE}")
+        connection.execute("PRAGMA auto_vacuum=INCREMENTAL")
     schema = resources.files("segment_durable").joinpath("schema.sql").read_text("utf-8")
     connection.execute("BEGIN IMMEDIATE")
     try:
@@ -112,18 +115,31 @@ def hold_inherited_locks(path: Path) -> list[int]:
     return held
 
 
-def _check_identity(connection: sqlite3.Connection, path: Path) -> None:
-    application: int = connection.execute("PRAGMA application_id").fetchone()[0]
-    if application == APPLICATION_ID:
+def _check_identity(path: Path) -> None:
+    """Refuse another application's database before SQLite opens it.
+
+    Opening it would recover its WAL or its journal, which is that application's to do.  "immutable" reads the file
+    alone and takes no locks; and it reads by SQLite, which knows that closing a descriptor drops the locks of all.
+    """
+    if os.path.getsize(path) == 0:
         return
-    tables: int = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-    if application or tables:
+    connection = sqlite3.connect(f"file:{quote(str(path))}?immutable=1", uri=True, isolation_level=None)
+    try:
+        application: int = connection.execute("PRAGMA application_id").fetchone()[0]
+        tables: int = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+    finally:
+        connection.close()
+    unfinished = any(os.path.exists(f"{path}{suffix}") for suffix in ("-wal", "-journal"))
+    if application != APPLICATION_ID and (application or tables or unfinished):
         raise NotAnOutbox(path, "is a database of another application; it was not touched: set another outbox_dir")
 
 
 def make_folder(folder: Path) -> None:
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # One by one: with `parents=True` those above would get the mode of the umask.
+        for missing in [*reversed(folder.parents), folder]:
+            if not missing.exists():
+                missing.mkdir(mode=0o700, exist_ok=True)
     except OSError as problem:
         raise unavailable(folder, problem) from problem
     if not folder.is_dir():

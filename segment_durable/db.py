@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from segment_durable.database_file import (
+    BUSY_TIMEOUT,
     DATABASE_NAME,
     PAGE_SIZE,
     WAL_LIMIT_BYTES,
@@ -175,7 +176,12 @@ class Database:
             self.sync()  # before taking the lock: then the checkpoint's own sync of the WAL has nothing left to do
         with self._writer() as connection, _translated():
             mode = "TRUNCATE" if truncate else "PASSIVE"
-            busy, frames, moved = connection.execute(f"PRAGMA wal_checkpoint({mode})").fetchone()
+            # Not to wait for a reader: all writers of the host would wait with us.
+            connection.execute("PRAGMA busy_timeout=0")
+            try:
+                busy, frames, moved = connection.execute(f"PRAGMA wal_checkpoint({mode})").fetchone()
+            finally:
+                connection.execute(f"PRAGMA busy_timeout={int(BUSY_TIMEOUT * 1000)}")
         return not busy and frames == moved
 
     def give_back_space(self, pages: int) -> bool:

@@ -77,6 +77,7 @@ class LockFile:
         # Reentrant, because a signal handler or a finalizer may call track() in the middle of a call to track().
         self.mutex = threading.RLock()
         self._depth = 0
+        self._has_file = False
         self.slot = self._take_slot()
         self.held: set[bytes] = set()  # tokens of the leases that this process is working on
 
@@ -94,8 +95,12 @@ class LockFile:
             except FileNotFoundError:
                 pass
             fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
-            made = cls(fd)
-            found = os.fstat(fd)
+            try:
+                made = cls(fd)
+                found = os.fstat(fd)
+            except BaseException:
+                os.close(fd)
+                raise
             cls._registry[found.st_dev, found.st_ino] = made
             return made
 
@@ -129,26 +134,28 @@ class LockFile:
         return True
 
     def _enter(self, timeout: float) -> None:
+        # A signal handler may come in between any two steps here and in `release`, and take and release the lock: so
+        # what decides is whether the file is locked, and not how deep we are.
         self._depth += 1
-        if self._depth > 1:
-            return
         try:
-            if self._fd < 0:
-                raise OutboxBusy("the outbox has been closed")
-            if not _try_lock(self._fd, _WRITER):
-                self._wait_for_writer(timeout)
+            if not self._has_file:
+                if self._fd < 0:
+                    raise OutboxBusy("the outbox has been closed")
+                if not _try_lock(self._fd, _WRITER):
+                    self._wait_for_writer(timeout)
+                self._has_file = True
         except BaseException as problem:
-            self._depth -= 1
-            self.mutex.release()
+            self.release()
             if isinstance(problem, OSError):
                 reason = problem.strerror or type(problem).__name__
                 raise StorageError(f"the lock file can't be locked: {reason}", "SQLITE_IOERR") from problem
             raise
 
     def release(self) -> None:
-        if self._depth == 1:
-            _unlock(self._fd, _WRITER)
         self._depth -= 1
+        if self._has_file and self._depth == 0:
+            self._has_file = False
+            _unlock(self._fd, _WRITER)
         self.mutex.release()
 
     @property

@@ -18,6 +18,7 @@ that the lease was lost to another sender, and nothing is changed.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import os
@@ -32,7 +33,7 @@ from segment_durable.clock import Clock
 from segment_durable.db import WRITE_TIMEOUT, Database
 from segment_durable.errors import OutboxBusy, OutboxError, SourceMismatch, StorageError
 from segment_durable.records import Backoff, DeadLetter, Lease, NotNow, OutboxStats, Row
-from segment_durable.views import LEASES, TOTALS, read_backoff, read_stats
+from segment_durable.views import LEASES, REBOOT_CAP, TOTALS, read_backoff, read_stats
 
 __all__ = ["Outbox"]
 
@@ -76,6 +77,7 @@ class Outbox:
     def __init__(self, folder: Path, clock: Clock, *, full: bool = False, write_key: str | None = None) -> None:
         self._clock = clock
         self._waiting: deque[_Put] = deque()
+        self._committing = False
         self.db = Database(folder, full=full)
         if write_key is not None:
             try:
@@ -121,6 +123,10 @@ class Outbox:
             else:
                 raise OutboxBusy(f"another thread has been writing to the outbox for {WRITE_TIMEOUT:g} s")
         try:
+            if self._committing:  # and so this is a signal handler or a finalizer in the very thread that commits
+                with contextlib.suppress(ValueError):
+                    self._waiting.remove(put)
+                raise OutboxBusy("the call was made by a signal handler or a finalizer while its thread was writing")
             while put.accepted is None and put.error is None:
                 self._put_group()
         finally:
@@ -131,18 +137,29 @@ class Outbox:
 
     def _put_group(self) -> None:
         """Commit the puts that wait, in the order in which they came.  Under the mutex."""
-        group = [self._waiting.popleft() for _ in range(min(len(self._waiting), _MAX_GROUP))]
+        self._committing = True
+        group: list[_Put] = []
         try:
+            while self._waiting and len(group) < _MAX_GROUP:
+                # Into the group first: an exception in between, from a signal handler, must not lose one.  Its own
+                # thread may withdraw it in between, too.
+                group.append(self._waiting[0])
+                group[-1] = self._waiting.popleft()
             with self.db.write() as connection:
                 accepted = [connection.execute(_PUT, put.parameters).rowcount == 1 for put in group]
+        except IndexError:  # the last one was withdrawn in between
+            return
         except BaseException as problem:
             for put in group:
                 put.error = problem if isinstance(problem, OutboxError) else StorageError("the write was interrupted")
             if not isinstance(problem, OutboxError):
                 raise
             return
+        finally:
+            self._committing = False
         for put, each in zip(group, accepted):
             put.accepted = each
+        self.db.wrote(sum(len(put.parameters[1]) for put in group))
 
     # -- out
 
@@ -157,12 +174,11 @@ class Outbox:
             return idle
         with self.db.write() as connection:
             now = self._clock.boot()
+            self._rebase_backoff(connection, now)
             blocked = self._blocked(connection, now, hurry)
             if blocked is not None:
                 return blocked
             living, dead = self._sort_leases(connection, now)
-            if dead:
-                connection.executemany("DELETE FROM lease WHERE first_id = ?", [(each[0],) for each in dead])
             if len(living) >= max_leases:
                 return NotNow("leased", _BUSY_LOOK)
             span = _first_free(connection, living, limit)
@@ -170,7 +186,7 @@ class Outbox:
                 return NotNow("leased", _BUSY_LOOK) if living else NotNow("empty", None)
             first, last = span
             (before,) = connection.execute("SELECT failures + (first_throttle IS NOT NULL) FROM backoff").fetchone()
-            lost = [attempt + 1 for from_id, to_id, _, attempt, *_ in dead if from_id <= last and first <= to_id]
+            lost = _take_over(connection, dead, first, last)
             lease = Lease(secrets.token_bytes(16), first, last, max([before, *lost]), now + seconds)
             connection.execute(
                 "INSERT INTO lease (first_id, last_id, token, attempt, holder, pid, boot_id, leased_at, deadline) "
@@ -264,16 +280,7 @@ class Outbox:
         with self.db.write() as connection:
             removed = connection.execute("DELETE FROM lease WHERE token = ?", (lease.token,)).rowcount
             if removed and backoff is not None:
-                wall = self._clock.time() + max(0.0, backoff.not_before - self._clock.boot())
-                connection.execute(
-                    "UPDATE backoff SET boot_id = ?, not_before = ?, not_before_wall = ?, told = ?, failures = ?, "
-                    "first_failure = ?, first_throttle = ?, reported = ?, last_error = ?, last_error_at = ?",
-                    (
-                        *(self._clock.boot_id(), backoff.not_before, wall, backoff.told, backoff.failures),
-                        *(backoff.first_failure, backoff.first_throttle, backoff.reported),
-                        *(backoff.last_error, int(backoff.last_error_at * 1000)),
-                    ),
-                )
+                self._store_backoff(connection, backoff)
         self.db.lock.held.discard(lease.token)
         return bool(removed)
 
@@ -326,8 +333,12 @@ class Outbox:
         with self.db.write() as connection:
             if ids is None:
                 ids = [row[0] for row in connection.execute("SELECT id FROM dead ORDER BY id")]
-            moved = 0
+            moved = size = 0
             for each in ids:
+                (length,) = connection.execute(
+                    "SELECT ifnull(sum(length(body)), 0) FROM dead WHERE id = ?", (each,)
+                ).fetchone()
+                size += length
                 moved += connection.execute(
                     "INSERT INTO event (id, appended_at, body) "
                     "SELECT (SELECT max(last_id, ifnull((SELECT max(id) FROM event), 0)) FROM state) + 1, "
@@ -336,6 +347,7 @@ class Outbox:
                 ).rowcount
                 connection.execute("DELETE FROM dead WHERE id = ?", (each,))
             connection.execute("UPDATE state SET requeued = requeued + ?", (moved,))
+        self.db.wrote(size)
         return moved
 
     # -- what is there
@@ -392,13 +404,40 @@ class Outbox:
         with self.db.read() as connection:
             if connection.execute("SELECT min(id) FROM event").fetchone()[0] is None:
                 return NotNow("empty", None)
-            return self._blocked(connection, self._clock.boot(), hurry)
+            now = self._clock.boot()
+            return None if self._has_restarted(connection, now) else self._blocked(connection, now, hurry)
 
     def _blocked(self, connection: sqlite3.Connection, now: float, hurry: bool) -> NotNow | None:
         backoff = read_backoff(connection, self._clock)
         if backoff.not_before > now and not (hurry and not backoff.told):
             return NotNow("backoff", backoff.not_before - now, backoff.reported)
         return None
+
+    def _rebase_backoff(self, connection: sqlite3.Connection, now: float) -> None:
+        """After a restart of the machine: once and for all, as times of its boot clock.
+
+        Going by the wall clock at each look would wait for ever on a machine that wakes up in 1970.
+        """
+        if self._has_restarted(connection, now):
+            self._store_backoff(connection, read_backoff(connection, self._clock))
+
+    def _has_restarted(self, connection: sqlite3.Connection, now: float) -> bool:
+        boot_id, not_before = connection.execute("SELECT boot_id, not_before FROM backoff").fetchone()
+        if not not_before:
+            return False
+        return bool(boot_id != self._clock.boot_id() or (not boot_id and not_before - now > REBOOT_CAP))
+
+    def _store_backoff(self, connection: sqlite3.Connection, backoff: Backoff) -> None:
+        wall = self._clock.time() + max(0.0, backoff.not_before - self._clock.boot())
+        connection.execute(
+            "UPDATE backoff SET boot_id = ?, not_before = ?, not_before_wall = ?, told = ?, failures = ?, "
+            "first_failure = ?, first_throttle = ?, reported = ?, last_error = ?, last_error_at = ?",
+            (
+                *(self._clock.boot_id(), backoff.not_before, wall, backoff.told, backoff.failures),
+                *(backoff.first_failure, backoff.first_throttle, backoff.reported),
+                *(backoff.last_error, round(backoff.last_error_at * 1000)),
+            ),
+        )
 
     def _sort_leases(self, connection: sqlite3.Connection, now: float) -> tuple[list[Any], list[Any]]:
         living: list[Any] = []
@@ -443,6 +482,28 @@ class Outbox:
             connection.execute("DELETE FROM lease WHERE token = ?", (lease.token,))
         else:
             connection.execute("UPDATE lease SET first_id = ? WHERE token = ?", (through + 1, lease.token))
+
+
+def _take_over(connection: sqlite3.Connection, dead: Sequence[Any], first: int, last: int) -> list[int]:
+    """Take the events `first` to `last` out of the dead leases; the attempts that were made for them.
+
+    What nobody takes now stays on record, for its attempts, under a token that nobody has: its holder may only be
+    frozen, and must not acknowledge any of it when it wakes.
+    """
+    attempts = []
+    for first_id, last_id, token, attempt, *_ in dead:
+        if last_id < first:
+            connection.execute("DELETE FROM lease WHERE token = ?", (token,))  # all of its events have left
+        elif first_id <= last:
+            attempts.append(attempt + 1)
+            if last_id <= last:
+                connection.execute("DELETE FROM lease WHERE token = ?", (token,))
+            else:
+                connection.execute(
+                    "UPDATE lease SET first_id = ?, token = ? WHERE token = ?",
+                    (last + 1, secrets.token_bytes(16), token),
+                )
+    return attempts
 
 
 def _first_free(connection: sqlite3.Connection, living: Sequence[Any], limit: int) -> tuple[int, int] | None:

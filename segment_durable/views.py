@@ -9,9 +9,9 @@ from typing import Any
 from segment_durable.clock import Clock
 from segment_durable.records import Backoff, OutboxStats
 
-__all__ = ["LEASES", "TOTALS", "read_backoff", "read_stats"]
+__all__ = ["LEASES", "REBOOT_CAP", "TOTALS", "read_backoff", "read_stats"]
 
-_REBOOT_CAP = 300.0  # seconds that a wait from before a reboot may have left
+REBOOT_CAP = 300.0  # seconds that a wait from before a reboot may have left
 
 # Columns are named, not "*": a later schema may add some.
 LEASES = """
@@ -36,9 +36,10 @@ def read_backoff(connection: sqlite3.Connection, clock: Clock) -> Backoff:
     row = connection.execute(_BACKOFF).fetchone()
     boot_id, not_before, not_before_wall, told, failures = row[:5]
     first_failure, first_throttle, reported, last_error, last_error_at = row[5:]
-    if boot_id != clock.boot_id() and not_before_wall:
-        now = clock.boot()
-        not_before = now + min(max(0.0, not_before_wall - clock.time()), _REBOOT_CAP)
+    now = clock.boot()
+    restarted = boot_id != clock.boot_id() or (not boot_id and not_before - now > REBOOT_CAP)
+    if restarted and not_before_wall:
+        not_before = now + min(max(0.0, not_before_wall - clock.time()), REBOOT_CAP)
         first_failure = None if first_failure is None else now
         first_throttle = None if first_throttle is None else now
     return Backoff(
