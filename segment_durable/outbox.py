@@ -131,7 +131,7 @@ class Outbox:
                 self._put_group()
         finally:
             mutex.release()
-        if put.error is not None:
+        if put.accepted is None and put.error is not None:
             raise put.error
         return bool(put.accepted)
 
@@ -141,14 +141,19 @@ class Outbox:
         group: list[_Put] = []
         try:
             while self._waiting and len(group) < _MAX_GROUP:
-                # Into the group first: an exception in between, from a signal handler, must not lose one.  Its own
-                # thread may withdraw it in between, too.
-                group.append(self._waiting[0])
-                group[-1] = self._waiting.popleft()
+                taken = len(group)
+                try:
+                    # Into the group first: an exception in between, from a signal handler, must not lose one.
+                    group.append(self._waiting[0])
+                    group[-1] = self._waiting.popleft()
+                except IndexError:
+                    del group[taken:]  # the last one was withdrawn, by its own thread, between two of these steps
+            if not group:
+                return
             with self.db.write() as connection:
                 accepted = [connection.execute(_PUT, put.parameters).rowcount == 1 for put in group]
-        except IndexError:  # the last one was withdrawn in between
-            return
+            for put, each in zip(group, accepted):
+                put.accepted = each
         except BaseException as problem:
             for put in group:
                 put.error = problem if isinstance(problem, OutboxError) else StorageError("the write was interrupted")
@@ -157,8 +162,6 @@ class Outbox:
             return
         finally:
             self._committing = False
-        for put, each in zip(group, accepted):
-            put.accepted = each
         self.db.wrote(sum(len(put.parameters[1]) for put in group))
 
     # -- out
