@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping
-from datetime import datetime, timezone
+from datetime import datetime
 from os import getpid
 from time import time
 from types import TracebackType
@@ -273,23 +273,24 @@ class Client:
         integrations: dict[Any, Any] | None,
         message_id: Identifier,
     ) -> Result:
-        seconds = time()
-        now = datetime.fromtimestamp(seconds, timezone.utc)
+        now = time()
         message = compose(kind, values, user_id, anonymous_id, context, timestamp, integrations, message_id, now)
         config = self._config
-        if config.before_send is not None:
+        if config.before_send is None:
+            body = encode_message(message, (*values, context, integrations))
+        else:
             chosen = self._before_send(message)
             if chosen is None:
                 return False, message
             message = chosen
-        body = encode_message(message)
+            body = encode_message(message)
         if not config.send:
             return True, message
         engine = self._engine
         try:
             if engine is None or engine.pid != getpid():
                 engine = self._attach()
-            while (accepted := engine.put(body, int(seconds * 1000), message, config)) is None:
+            while (accepted := engine.put(body, int(now * 1000), message, config)) is None:
                 engine = self._attach()  # another thread has just shut down what this one was about to use
         except OutboxError as problem:
             self._unattached(problem, message)

@@ -54,7 +54,7 @@ class Database:
         self._full = full
         self._closed = False
         self._connection: sqlite3.Connection | None = None
-        self._unsynced = False
+        self._dirty = False  # something was committed since the last sync
         self._unchecked_bytes = 0
         self.on_written: Callable[[], None] = _nothing
         make_folder(folder)
@@ -100,11 +100,15 @@ class Database:
             raise storage_error(problem) from problem
 
     def wrote(self, size: int) -> None:
-        """About `size` bytes were committed, and the writer lock is free again."""
-        self._unchecked_bytes += size + PAGE_SIZE + FRAME_HEADER_BYTES
-        if not self._full:
-            self._unsynced = True
-        if self._unchecked_bytes > OVERDUE_BYTES and not self.lock.depth:
+        """About `size` bytes were committed, and the writer lock is free again.
+
+        Calls `on_written` for the first commit since the last sync, and while a checkpoint is due.
+        """
+        unchecked = self._unchecked_bytes = self._unchecked_bytes + size + PAGE_SIZE + FRAME_HEADER_BYTES
+        if self._dirty and unchecked < CHECKPOINT_BYTES:
+            return
+        self._dirty = True
+        if unchecked > OVERDUE_BYTES and not self.lock.depth:
             with contextlib.suppress(OutboxError):
                 self.checkpoint()
         self.on_written()
@@ -137,7 +141,7 @@ class Database:
     @property
     def is_unsynced(self) -> bool:
         """Whether a commit may not have reached the disk yet: always False with `full`."""
-        return self._unsynced
+        return self._dirty and not self._full
 
     @property
     def needs_checkpoint(self) -> bool:
@@ -149,18 +153,20 @@ class Database:
         With `synchronous=NORMAL` SQLite syncs the WAL at checkpoints only; the call bounds what a power cut takes.
         SQLite keeps no locks on the WAL file, so opening and closing it here breaks none.
         """
-        self._unsynced = False
+        self._dirty = False
+        if self._full:
+            return
         try:
             fd = os.open(self._wal_path, os.O_RDWR | getattr(os, "O_CLOEXEC", 0))
         except FileNotFoundError:
             return  # a checkpoint has moved everything into the database and synced that
         except OSError as problem:
-            self._unsynced = True
+            self._dirty = True
             raise StorageError(f"the outbox can't be synced: {problem.strerror}", "SQLITE_IOERR") from problem
         try:
             sync_file(fd)
         except OSError as problem:
-            self._unsynced = True
+            self._dirty = True
             raise StorageError(f"the outbox can't be synced: {problem.strerror}", "SQLITE_IOERR") from problem
         finally:
             os.close(fd)
@@ -172,8 +178,7 @@ class Database:
         connections at the same moment.  `truncate` also gives the WAL's space back.
         """
         self._unchecked_bytes = 0
-        if not self._full:
-            self.sync()  # before taking the lock: then the checkpoint's own sync of the WAL has nothing left to do
+        self.sync()  # before taking the lock: then the checkpoint's own sync of the WAL has nothing left to do
         with self._writer() as connection, _translated():
             mode = "TRUNCATE" if truncate else "PASSIVE"
             # Not to wait for a reader: all writers of the host would wait with us.

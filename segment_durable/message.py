@@ -15,6 +15,7 @@ from os import urandom
 from typing import Any
 from uuid import UUID
 
+from segment_durable.clock import utc_timestamp
 from segment_durable.encoding import encode
 from segment_durable.errors import InvalidMessage, MessageTooLarge
 from segment_durable.version import VERSION
@@ -146,12 +147,12 @@ def compose(
     timestamp: datetime | None,
     integrations: Any,
     message_id: Any,
-    now: datetime,
+    now: float,
 ) -> dict[str, Any]:
     """A message of type `kind`; `values` are those of `FIELDS[kind]`, in order.
 
-    `now` is the time of the call, aware, in UTC.  Raises `InvalidMessage` with the name of the wrong argument.  The
-    dicts that are passed in are referred to, and not changed.
+    `now` is the time of the call, in seconds since 1970.  Raises `InvalidMessage` with the name of the wrong argument.
+    The dicts that are passed in are referred to, and not changed.
     """
     user = user_id if type(user_id) is str and user_id else _identifier("user_id", user_id)
     anonymous = None if anonymous_id is None else _identifier("anonymous_id", anonymous_id)
@@ -161,7 +162,7 @@ def compose(
     message: dict[str, Any] = {
         "type": kind,
         "messageId": new_message_id() if message_id is None else _message_id(message_id),
-        "timestamp": now.isoformat(timespec="milliseconds") if timestamp is None else _timestamp(timestamp, now),
+        "timestamp": utc_timestamp(now) if timestamp is None else _timestamp(timestamp, now),
         "userId": user,
     }
     if kind != "alias":
@@ -174,9 +175,12 @@ def compose(
     return message
 
 
-def encode_message(message: dict[str, Any]) -> bytes:
-    """The message as UTF-8 JSON; raises `MessageTooLarge` if that is over 32 KiB, and nothing else."""
-    body = encode(message, MAX_MESSAGE_BYTES)
+def encode_message(message: dict[str, Any], parts: tuple[Any, ...] | None = None) -> bytes:
+    """The message as UTF-8 JSON; raises `MessageTooLarge` if that is over 32 KiB, and nothing else.
+
+    `parts`: the values in it that are the user's, if `compose` made the rest.
+    """
+    body = encode(message, MAX_MESSAGE_BYTES, parts)
     if len(body) > MAX_MESSAGE_BYTES:
         raise MessageTooLarge(len(body), MAX_MESSAGE_BYTES)
     return body
@@ -188,10 +192,9 @@ def new_message_id() -> str:
     Not `uuid.uuid4()`, which takes twice as long, and not from a pool of random bytes either: a forked child would
     draw the same ids again, and Segment would drop its events as duplicates.
     """
-    digits = urandom(16).hex()
-    return (
-        f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{'89ab'[int(digits[16], 16) & 3]}{digits[17:20]}-{digits[20:]}"
-    )
+    chance = urandom(16)
+    digits = chance.hex()
+    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{'89ab'[chance[8] >> 6]}{digits[17:20]}-{digits[20:]}"
 
 
 def _message_id(value: Any) -> str:
@@ -201,7 +204,7 @@ def _message_id(value: Any) -> str:
     return text
 
 
-def _timestamp(value: Any, now: datetime) -> str:
+def _timestamp(value: Any, now: float) -> str:
     if not _is_a(datetime, value):
         raise InvalidMessage("timestamp", f"must be a datetime or None, got {type(value).__name__}")
     try:
@@ -214,12 +217,12 @@ def _timestamp(value: Any, now: datetime) -> str:
     raise InvalidMessage("timestamp", f"must be a datetime with an ISO 8601 form, or None; {problem}")
 
 
-def _aware(value: datetime, now: datetime) -> datetime:
+def _aware(value: datetime, now: float) -> datetime:
     offset = value.utcoffset()
     if offset is not None:
         # RFC 3339 has no seconds in an offset (local mean times before 1900 have).
         return value.astimezone(timezone.utc) if offset.total_seconds() % 60 else value
-    local_now = now.astimezone()
+    local_now = datetime.fromtimestamp(now, timezone.utc).astimezone()
     local = value.replace(tzinfo=local_now.tzinfo)
     # A naive time is UTC, unless it was just made by datetime.now().  Where the zone has an offset, utcnow() is at
     # least a quarter of an hour away from now(), so the two can't be mistaken.

@@ -55,7 +55,10 @@ class Sender:
             self.start()
             workers = self._workers
         for worker in workers:
-            worker.appended()
+            # Not atomic between threads: a lost count costs at most the wait that ends the fill.
+            worker.appended = appended = worker.appended + 1
+            if appended >= worker.wake_at and not worker.event.is_set():
+                worker.event.set()
 
     def start(self) -> bool:
         """Start the threads if they aren't running; False if none can be started any more."""
@@ -225,9 +228,9 @@ class _Worker(threading.Thread):
         self._clock = clock
         self._make_delivery = make_delivery
         self._delivery: Delivery | None = None
-        self._event = threading.Event()
-        self._appended = 0
-        self._wake_at = 1  # events appended that wake the thread
+        self.event = threading.Event()
+        self.appended = 0
+        self.wake_at = 1  # events appended that wake the thread
         self._flush_to: list[int] = []
         self._hurry = False
         self._trouble = Limiter(60.0, clock)
@@ -236,16 +239,10 @@ class _Worker(threading.Thread):
         self._ended = False
         self.stopping = False
 
-    def appended(self) -> None:
-        # Not atomic between threads: a lost count costs at most the wait that ends the fill.
-        self._appended += 1
-        if self._appended >= self._wake_at and not self._event.is_set():
-            self._event.set()
-
     def hurry_to(self, target: int) -> None:
         self._flush_to.append(target)
         self._hurry = True
-        self._event.set()
+        self.event.set()
 
     def hurried(self, target: int) -> None:
         self._flush_to.remove(target)
@@ -256,7 +253,7 @@ class _Worker(threading.Thread):
             if not ended:
                 self._on_end.append(then)
         self.stopping = True
-        self._event.set()
+        self.event.set()
         if ended:
             then()
 
@@ -296,7 +293,7 @@ class _Worker(threading.Thread):
             self._arm(_NEVER)  # new events change nothing: wait for the time, a flush or the end
             if self._hurry or self.stopping:
                 return
-        self._clock.wait(self._event, _LOOK if step.seconds is None else min(step.seconds, 3600.0))
+        self._clock.wait(self.event, _LOOK if step.seconds is None else min(step.seconds, 3600.0))
 
     def _fill(self) -> bool:
         """Wait until the next batch is full, for `upload_interval` at most; False to look again.
@@ -316,13 +313,13 @@ class _Worker(threading.Thread):
                 return True
             self._arm(missing)
             if not self._flush_to and not self.stopping:
-                self._clock.wait(self._event, end - now)
+                self._clock.wait(self.event, end - now)
         return False
 
     def _arm(self, events: int) -> None:
-        self._event.clear()
-        self._appended = 0
-        self._wake_at = events
+        self.event.clear()
+        self.appended = 0
+        self.wake_at = events
 
     def _complain(self, problem: BaseException, *, exc_info: bool) -> None:
         times = self._trouble.tick()

@@ -39,7 +39,7 @@ class Upkeep:
         database.on_written = self.written
 
     def written(self) -> None:
-        """Something was committed.  Cheap: it is called after each commit."""
+        """Something was committed: see `Database.wrote`."""
         if not self._written.is_set():
             self._written.set()
             if self._thread is None:
@@ -88,7 +88,7 @@ class Upkeep:
         try:
             if checkpoint and self._database.needs_checkpoint:
                 self._database.checkpoint()
-            elif self._database.is_unsynced:
+            else:
                 self._database.sync()
         except OutboxError as problem:
             self._complain(problem)
