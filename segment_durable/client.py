@@ -277,7 +277,7 @@ class Client:
         message = compose(kind, values, user_id, anonymous_id, context, timestamp, integrations, message_id, now)
         config = self._config
         if config.before_send is None:
-            body = encode_message(message, (*values, context, integrations))
+            body = encode_message(message, (values[-1] if kind != "alias" else None, context, integrations))
         else:
             chosen = self._before_send(message)
             if chosen is None:

@@ -104,14 +104,13 @@ class Database:
 
         Calls `on_written` for the first commit since the last sync, and while a checkpoint is due.
         """
-        unchecked = self._unchecked_bytes = self._unchecked_bytes + size + PAGE_SIZE + FRAME_HEADER_BYTES
-        if self._dirty and unchecked < CHECKPOINT_BYTES:
-            return
-        self._dirty = True
-        if unchecked > OVERDUE_BYTES and not self.lock.depth:
+        self._unchecked_bytes += size + PAGE_SIZE + FRAME_HEADER_BYTES
+        if self._unchecked_bytes > OVERDUE_BYTES and not self.lock.depth:
             with contextlib.suppress(OutboxError):
                 self.checkpoint()
-        self.on_written()
+        if not self._dirty or self._unchecked_bytes >= CHECKPOINT_BYTES:
+            self._dirty = True
+            self.on_written()
 
     @contextlib.contextmanager
     def read(self, timeout: float = WRITE_TIMEOUT) -> Iterator[sqlite3.Connection]:

@@ -43,8 +43,10 @@ _MAX_FAST_ITEMS = 100  # of a container that is no dict, list or tuple
 _WARNED: set[str] = set()
 _MAX_WARNED = 1000
 
+_dumps = orjson.dumps
 _NESTING = frozenset({dict, list, tuple})
 _SCALARS = frozenset({str, int, float, bool, type(None), datetime, date, time, timedelta, Decimal, UUID})
+_all_scalars = _SCALARS.issuperset
 _LISTS = (tuple, Set, deque, Sequence, ValuesView, Iterator)
 
 
@@ -59,7 +61,7 @@ def encode(value: Any, limit: int, parts: tuple[Any, ...] | None = None) -> byte
     most = limit // 2 + 1
     try:
         if (parts is not None and _are_flat(parts)) or _is_small(value if type(value) is dict else (value,), most):
-            return orjson.dumps(value, default=_fast, option=_OPTIONS)
+            return _dumps(value, _fast, _OPTIONS)
     except Exception as problem:
         cause = problem.__cause__
         if cause is not None and not isinstance(cause, Exception):
@@ -78,12 +80,11 @@ def plain(value: Any, *, max_nodes: int = 16_385, limit: int = 32 << 10) -> Any:
 
 
 def _are_flat(parts: tuple[Any, ...]) -> bool:
-    """Whether these are scalars, and dicts of scalars: orjson takes no more time or memory for them than they do."""
+    """Whether these are None or dicts of scalars: orjson takes no more time or memory for them than they do."""
     for part in parts:
-        if type(part) is dict:
-            if not _SCALARS.issuperset(map(type, part.values())):
-                return False
-        elif type(part) not in _SCALARS:
+        if part is None:
+            continue
+        if type(part) is not dict or not _all_scalars(map(type, part.values())):
             return False
     return True
 

@@ -16,6 +16,7 @@ import random
 import stat
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 from segment_durable.errors import OutboxBusy, OutboxUnavailable, StorageError
@@ -35,15 +36,14 @@ try:
 except ImportError:  # Windows
     import msvcrt
 
-    def _try_lock(fd: int, byte: int) -> bool:
+    def _lock(fd: int, byte: int) -> None:
         os.lseek(fd, byte, os.SEEK_SET)
         try:
             msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined, unused-ignore]
         except OSError as problem:
             if problem.errno in (errno.EACCES, errno.EDEADLK):
-                return False
+                raise BlockingIOError(errno.EAGAIN, "locked by another process") from problem
             raise
-        return True
 
     def _unlock(fd: int, byte: int) -> None:
         os.lseek(fd, byte, os.SEEK_SET)
@@ -52,17 +52,23 @@ except ImportError:  # Windows
 else:
     _EXCLUSIVE = fcntl.LOCK_EX | fcntl.LOCK_NB
 
-    def _try_lock(fd: int, byte: int) -> bool:
+    def _lock(fd: int, byte: int) -> None:
         try:
             fcntl.lockf(fd, _EXCLUSIVE, 1, byte)
-        except OSError as problem:
-            if problem.errno in (errno.EAGAIN, errno.EACCES):
-                return False
-            raise
-        return True
+        except PermissionError as problem:  # EACCES, which POSIX allows in the place of EAGAIN
+            raise BlockingIOError(errno.EAGAIN, "locked by another process") from problem
 
     def _unlock(fd: int, byte: int) -> None:
         fcntl.lockf(fd, fcntl.LOCK_UN, 1, byte)
+
+
+def _try_lock(fd: int, byte: int) -> bool:
+    """Lock that byte; False if another process has it.  Raises `OSError` for any other reason."""
+    try:
+        _lock(fd, byte)
+    except BlockingIOError:
+        return False
+    return True
 
 
 class LockFile:
@@ -76,8 +82,12 @@ class LockFile:
         self._shares = 1
         # Reentrant, because a signal handler or a finalizer may call track() in the middle of a call to track().
         self.mutex = threading.RLock()
+        self._acquire_mutex = self.mutex.acquire
         self._depth = 0
         self._has_file = False
+        # Bound once: both are called for each put.
+        self._lock_file = partial(_lock, fd, _WRITER)
+        self._unlock_file = partial(_unlock, fd, _WRITER)
         self.slot = self._take_slot()
         self.held: set[bytes] = set()  # tokens of the leases that this process is working on
 
@@ -128,7 +138,7 @@ class LockFile:
 
     def acquire_unless_busy(self, timeout: float) -> bool:
         """As `acquire`, but False, with nothing taken, if another thread has the lock or waits for a process."""
-        if not self.mutex.acquire(False):
+        if not self._acquire_mutex(False):
             return False
         self._enter(timeout)
         return True
@@ -141,7 +151,9 @@ class LockFile:
             if not self._has_file:
                 if self._fd < 0:
                     raise OutboxBusy("the outbox has been closed")
-                if not _try_lock(self._fd, _WRITER):
+                try:
+                    self._lock_file()
+                except BlockingIOError:
                     self._wait_for_writer(timeout)
                 self._has_file = True
         except BaseException as problem:
@@ -155,7 +167,7 @@ class LockFile:
         self._depth -= 1
         if self._has_file and self._depth == 0:
             self._has_file = False
-            _unlock(self._fd, _WRITER)
+            self._unlock_file()
         self.mutex.release()
 
     @property

@@ -43,16 +43,19 @@ _BUSY_LOOK = 0.5  # seconds after which a sender looks again at leases of others
 
 # Limit, id and insert in one statement.  The last id ever given is max(the last row, state.last_id), because SQLite
 # alone would hand the ids of a deleted tail out again; what has left is counted in `state`, so the number of events
-# waiting is a subtraction.
+# waiting is a subtraction.  At the limit the id is that of a row that exists, and so the row is ignored.  (INSERT ...
+# SELECT ... WHERE would say it more plainly, and take 1.5 us longer: it reads the table that it writes, and so goes
+# through a temporary one.)
 _PUT = """
-INSERT INTO event (id, appended_at, body)
-SELECT last + 1, ?, ?
-FROM (
-    SELECT max(last_id, ifnull((SELECT max(id) FROM event), 0)) AS last,
-           delivered + buried + erased + expired AS gone
-    FROM state
-)
-WHERE last - gone < ?
+INSERT OR IGNORE INTO event (id, appended_at, body)
+VALUES ((
+    SELECT CASE WHEN last - gone < ? THEN last + 1 ELSE (SELECT max(id) FROM event) END
+    FROM (
+        SELECT max(last_id, ifnull((SELECT max(id) FROM event), 0)) AS last,
+               delivered + buried + erased + expired AS gone
+        FROM state
+    )
+), ?, ?)
 """
 
 
@@ -61,7 +64,7 @@ class _Put:
 
     __slots__ = ("accepted", "error", "parameters")
 
-    def __init__(self, parameters: tuple[int, bytes, int]) -> None:
+    def __init__(self, parameters: tuple[int, int, bytes]) -> None:
         self.parameters = parameters
         self.accepted: bool | None = None
         self.error: BaseException | None = None
@@ -101,7 +104,7 @@ class Outbox:
         `appended_at`: milliseconds since 1970.  Returns False, with nothing appended, if `max_pending` events are
         waiting.  Threads that come at the same time are committed in one transaction.
         """
-        parameters = (appended_at, body, max_pending or _NO_LIMIT)
+        parameters = (max_pending or _NO_LIMIT, appended_at, body)
         db = self.db
         lock = db.lock
         if not self._waiting and lock.acquire_unless_busy(WRITE_TIMEOUT):
@@ -162,7 +165,7 @@ class Outbox:
             return
         finally:
             self._committing = False
-        self.db.wrote(sum(len(put.parameters[1]) for put in group))
+        self.db.wrote(sum(len(put.parameters[2]) for put in group))
 
     # -- out
 

@@ -34,7 +34,7 @@ class Upkeep:
         self._due = threading.Event()  # don't wait for the interval to end
         self._start_lock = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._stopping = False
+        self._ending = threading.Event()
         self._trouble = Limiter(60.0, clock)
         database.on_written = self.written
 
@@ -50,7 +50,7 @@ class Upkeep:
     def stop(self, timeout: float) -> bool:
         """Bring everything to the disk and end the thread; whether it ended within `timeout` seconds."""
         self._database.on_written = _nothing
-        self._stopping = True
+        self._ending.set()
         self._written.set()
         self._due.set()
         thread = self._thread
@@ -61,7 +61,7 @@ class Upkeep:
 
     def _start(self) -> None:
         with self._start_lock:
-            if self._thread is not None or self._stopping:
+            if self._thread is not None or self._ending.is_set():
                 return
             thread = threading.Thread(target=self._run, name="segment-durable-upkeep", daemon=True)
             try:
@@ -73,18 +73,19 @@ class Upkeep:
             self._thread = thread
 
     def _run(self) -> None:
-        while not self._stopping:
+        while not self._ending.is_set():
             self._written.wait()
             self._clock.wait(self._due, SYNC_SECONDS)
             self._due.clear()
             self._written.clear()
-            self._sync()
-            if self._stopping:
-                return
+            if not self._sync():
+                self._written.set()  # nobody else says so again: what was committed is still not synced
+                self._clock.wait(self._ending, SYNC_SECONDS)
+                continue
             if not self._clock.wait(self._written, _QUIET_SECONDS) and self._is_untidy():
                 self._tidy()
 
-    def _sync(self, *, checkpoint: bool = True) -> None:
+    def _sync(self, *, checkpoint: bool = True) -> bool:
         try:
             if checkpoint and self._database.needs_checkpoint:
                 self._database.checkpoint()
@@ -92,14 +93,16 @@ class Upkeep:
                 self._database.sync()
         except OutboxError as problem:
             self._complain(problem)
+            return False
+        return True
 
     def _is_untidy(self) -> bool:
-        return not self._stopping and self._database.size_on_disk() > _TIDY_BYTES
+        return not self._ending.is_set() and self._database.size_on_disk() > _TIDY_BYTES
 
     def _tidy(self) -> None:
         try:
             while self._database.give_back_space(_TIDY_PAGES):
-                if self._stopping or self._due.is_set():
+                if self._ending.is_set() or self._due.is_set():
                     return
             if self._database.wal_bytes() > _TIDY_BYTES // 4:
                 self._database.checkpoint(truncate=True)

@@ -375,11 +375,11 @@ def test_a_group_that_fails_refuses_all_of_it_and_the_next_puts_work(outbox: Out
 
 
 def test_a_lock_file_that_can_not_be_locked_is_a_storage_error(outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(fd: int, byte: int) -> bool:
+    def refuse() -> None:
         raise OSError(37, "No locks available")
 
     with monkeypatch.context() as patch:
-        patch.setattr("segment_durable.locks._try_lock", refuse)
+        patch.setattr(outbox.db.lock, "_lock_file", refuse)
         with pytest.raises(StorageError):
             outbox.put(b"x", 1)
     assert outbox.put(b"y", 1)
