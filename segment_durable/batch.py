@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from segment_durable.records import Row
 
-__all__ = ["MAX_BATCH_BYTES", "MAX_BATCH_EVENTS", "Batch", "envelope", "pack"]
+__all__ = ["MAX_BATCH_BYTES", "MAX_BATCH_EVENTS", "Batch", "envelope", "pack", "room"]
 
 MAX_BATCH_BYTES = 500_000  # Segment's limit for a request, before gzip and with the envelope
 MAX_BATCH_EVENTS = 2_500  # over that Segment answers 200 and rejects
@@ -30,14 +30,19 @@ def pack(rows: Sequence[Row], write_key: str, max_events: int) -> Batch:
 
     The first is taken in any case; if it is over the limit by itself, the receiver's refusal says so.
     """
-    room = MAX_BATCH_BYTES - len(envelope(b"", _SENT_AT, write_key))
+    left = room(write_key)
     taken: list[bytes] = []
     for row in rows[: max(1, min(max_events, MAX_BATCH_EVENTS))]:
-        room -= len(row.body) + (1 if taken else 0)
-        if room < 0 and taken:
+        left -= len(row.body) + (1 if taken else 0)
+        if left < 0 and taken:
             break
         taken.append(row.body)
     return Batch(rows[0].id, rows[len(taken) - 1].id, len(taken), b",".join(taken))
+
+
+def room(write_key: str) -> int:
+    """Bytes that the joined events of one request may have."""
+    return MAX_BATCH_BYTES - len(envelope(b"", _SENT_AT, write_key))
 
 
 def envelope(events: bytes, sent_at: str, write_key: str) -> bytes:

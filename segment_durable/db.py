@@ -31,9 +31,9 @@ from segment_durable.locks import LockFile
 __all__ = ["LOCK_NAME", "Database"]
 
 LOCK_NAME = "outbox.lock"
-# After that many bytes of frames written by this process a checkpoint is due.  A checkpoint costs 6 to 15 ms, most of
+# After about that many bytes written by this process a checkpoint is due.  A checkpoint costs 6 to 15 ms, most of
 # it in fsync, and the writers wait for it.
-CHECKPOINT_BYTES = 8 << 20
+CHECKPOINT_BYTES = 16 << 20
 # Where nobody makes the due checkpoints (no thread could be started), writers make them themselves after this.
 OVERDUE_BYTES = WAL_LIMIT_BYTES // 2
 FRAME_HEADER_BYTES = 24
@@ -56,7 +56,7 @@ class Database:
         self._connection: sqlite3.Connection | None = None
         self._dirty = False  # something was committed since the last sync
         self._unchecked_bytes = 0
-        self.on_written: Callable[[], None] = _nothing
+        self.on_written: Callable[[], None] = _nothing  # set by `watch`
         make_folder(folder)
         try:
             self.lock = LockFile.open(folder / LOCK_NAME)
@@ -135,7 +135,23 @@ class Database:
         finally:
             mutex.release()
 
+    def read_one(self, statement: str, parameters: tuple[Any, ...] = (), timeout: float = WRITE_TIMEOUT) -> Any:
+        """The first row of one statement, None if there is none; `timeout` as for `read`."""
+        if not self.lock.mutex.acquire(timeout=timeout):
+            raise StorageError("the outbox is in use by another thread", "SQLITE_BUSY")
+        try:
+            with _translated():
+                connection = self._connection or self._open()
+                return connection.execute(statement, parameters).fetchone()
+        finally:
+            self.lock.mutex.release()
+
     # -- upkeep
+
+    def watch(self, on_written: Callable[[], None]) -> None:
+        """From now on call that as `wrote` says."""
+        self.on_written = on_written
+        self._dirty = False  # or what was written before would hide the next first commit
 
     @property
     def is_unsynced(self) -> bool:

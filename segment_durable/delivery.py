@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from segment_durable.answers import Kind, Outcome
-from segment_durable.batch import MAX_BATCH_BYTES, Batch, pack
+from segment_durable.batch import MAX_BATCH_BYTES, Batch, pack, room
 from segment_durable.clock import Clock
 from segment_durable.config import Config
 from segment_durable.errors import DeliveryError, EventsExpired, OutboxError
@@ -23,6 +23,7 @@ log = logging.getLogger("segment.durable.delivery")
 
 _DEAD_LETTERS_FULL_WAIT = 60.0  # seconds
 _EXPIRE_EVERY = 1.0  # seconds
+_JOIN_AT_MOST = 500  # events that are joined before it is known that they fit: 16 MB at the worst
 
 
 class Reporter:
@@ -86,6 +87,7 @@ class Delivery:
         )
         assert config.write_key is not None
         self._write_key = config.write_key
+        self._room = room(config.write_key)
         self._lease: Lease | None = None
         # Ranges of ids within the lease, the next one last; more than one while a refused batch is being halved.
         self._work: list[tuple[int, int]] = []
@@ -163,6 +165,10 @@ class Delivery:
                 return None
             self._lease = lease = extended
         first, last = self._work[-1]
+        if last - first < _JOIN_AT_MOST:
+            count, low, high, events = self._outbox.joined(first, last, self._config.upload_size)
+            if count and len(events) <= self._room:
+                return Batch(low, high, count, events)
         rows = self._outbox.rows(first, last, MAX_BATCH_BYTES)
         if not rows:  # the lease was lost, or an operator erased them
             self._outbox.release(lease)

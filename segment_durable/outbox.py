@@ -26,6 +26,7 @@ import secrets
 import sqlite3
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from segment_durable.clock import Clock
 from segment_durable.db import WRITE_TIMEOUT, Database
 from segment_durable.errors import OutboxBusy, OutboxError, SourceMismatch, StorageError
 from segment_durable.records import Backoff, DeadLetter, Lease, NotNow, OutboxStats, Row
-from segment_durable.views import LEASES, REBOOT_CAP, TOTALS, read_backoff, read_stats
+from segment_durable.views import LEASES, TOTALS, read_backoff, read_stats
 
 __all__ = ["Outbox"]
 
@@ -56,6 +57,18 @@ VALUES ((
         FROM state
     )
 ), ?, ?)
+"""
+
+
+_JOINED = """
+SELECT count(*), min(id), max(id), CAST(group_concat(body, ',') AS BLOB)
+FROM (SELECT id, body FROM event WHERE id BETWEEN ? AND ? ORDER BY id LIMIT ?)
+"""
+
+# The first events from an id on, before another: the ids of the first and of the last of at most so many.
+_RANGE = """
+SELECT low, (SELECT max(id) FROM event WHERE id < min(?, low + ?))
+FROM (SELECT min(id) AS low FROM event WHERE id >= ? AND id < ?)
 """
 
 
@@ -175,15 +188,13 @@ class Outbox:
         At most `max_leases` leases live at once; with 1, events leave in order.  `hurry` goes before the end of a
         backoff, but not of one that the receiver asked for.
         """
-        idle = self._why_idle(hurry)
-        if idle is not None:
-            return idle
+        if self.db.read_one("SELECT min(id) FROM event")[0] is None:
+            return NotNow("empty", None)  # found out without waiting for the writers
         with self.db.write() as connection:
             now = self._clock.boot()
-            self._rebase_backoff(connection, now)
-            blocked = self._blocked(connection, now, hurry)
-            if blocked is not None:
-                return blocked
+            before = self._current_backoff(connection, now)
+            if before.not_before > now and not (hurry and not before.told):
+                return NotNow("backoff", before.not_before - now, before.reported)
             living, dead = self._sort_leases(connection, now)
             if len(living) >= max_leases:
                 return NotNow("leased", _BUSY_LOOK)
@@ -191,9 +202,9 @@ class Outbox:
             if span is None:
                 return NotNow("leased", _BUSY_LOOK) if living else NotNow("empty", None)
             first, last = span
-            (before,) = connection.execute("SELECT failures + (first_throttle IS NOT NULL) FROM backoff").fetchone()
-            lost = _take_over(connection, dead, first, last)
-            lease = Lease(secrets.token_bytes(16), first, last, max([before, *lost]), now + seconds)
+            attempts = [before.failures + (before.first_throttle is not None)]
+            attempts += _take_over(connection, dead, first, last)
+            lease = Lease(secrets.token_bytes(16), first, last, max(attempts), now + seconds)
             connection.execute(
                 "INSERT INTO lease (first_id, last_id, token, attempt, holder, pid, boot_id, leased_at, deadline) "
                 "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -220,6 +231,15 @@ class Outbox:
                 if max_bytes < 0:
                     break
         return found
+
+    def joined(self, first: int, last: int, limit: int) -> tuple[int, int, int, bytes]:
+        """The first `limit` events with these ids: how many, the first and the last id, the bodies joined by commas.
+
+        SQLite joins them in one step.  Python's sqlite3 gives the interpreter lock away at each step, and beside a
+        busy caller every time costs more than the row does.
+        """
+        count, low, high, events = self.db.read_one(_JOINED, (first, last, limit))
+        return count, low or 0, high or 0, events or b""
 
     def extend(self, lease: Lease, seconds: float) -> Lease | None:
         """The lease with its deadline `seconds` from now, or None if it was lost."""
@@ -360,8 +380,7 @@ class Outbox:
 
     def last_id(self, timeout: float = WRITE_TIMEOUT) -> int:
         """The highest id ever given, 0 if none was; `timeout` as for `first_id`."""
-        with self.db.read(timeout) as connection:
-            last: int = connection.execute(TOTALS).fetchone()[0]
+        last: int = self.db.read_one(TOTALS, timeout=timeout)[0]
         return last
 
     def first_id(self, timeout: float = WRITE_TIMEOUT) -> int | None:
@@ -369,14 +388,12 @@ class Outbox:
 
         Raises `StorageError` if another thread keeps the connection for `timeout` seconds.
         """
-        with self.db.read(timeout) as connection:
-            first: int | None = connection.execute("SELECT min(id) FROM event").fetchone()[0]
+        first: int | None = self.db.read_one("SELECT min(id) FROM event", timeout=timeout)[0]
         return first
 
     def pending(self) -> int:
         """How many events have not left, those on their way included; does not count rows."""
-        with self.db.read() as connection:
-            last, _, delivered, buried, erased, expired, *_ = connection.execute(TOTALS).fetchone()
+        last, _, delivered, buried, erased, expired, *_ = self.db.read_one(TOTALS)
         return int(last - delivered - buried - erased - expired)
 
     def backoff(self) -> Backoff:
@@ -405,33 +422,16 @@ class Outbox:
                 self.db.folder, "this outbox belongs to another write_key: give each source an outbox_dir of its own"
             )
 
-    def _why_idle(self, hurry: bool) -> NotNow | None:
-        """The same answer that a transaction would give, without waiting for the writers."""
-        with self.db.read() as connection:
-            if connection.execute("SELECT min(id) FROM event").fetchone()[0] is None:
-                return NotNow("empty", None)
-            now = self._clock.boot()
-            return None if self._has_restarted(connection, now) else self._blocked(connection, now, hurry)
-
-    def _blocked(self, connection: sqlite3.Connection, now: float, hurry: bool) -> NotNow | None:
-        backoff = read_backoff(connection, self._clock)
-        if backoff.not_before > now and not (hurry and not backoff.told):
-            return NotNow("backoff", backoff.not_before - now, backoff.reported)
-        return None
-
-    def _rebase_backoff(self, connection: sqlite3.Connection, now: float) -> None:
-        """After a restart of the machine: once and for all, as times of its boot clock.
+    def _current_backoff(self, connection: sqlite3.Connection, now: float) -> Backoff:
+        """The shared backoff; after a restart of the machine it becomes, once, one of times of its boot clock.
 
         Going by the wall clock at each look would wait for ever on a machine that wakes up in 1970.
         """
-        if self._has_restarted(connection, now):
-            self._store_backoff(connection, read_backoff(connection, self._clock))
-
-    def _has_restarted(self, connection: sqlite3.Connection, now: float) -> bool:
-        boot_id, not_before = connection.execute("SELECT boot_id, not_before FROM backoff").fetchone()
-        if not not_before:
-            return False
-        return bool(boot_id != self._clock.boot_id() or (not boot_id and not_before - now > REBOOT_CAP))
+        backoff = read_backoff(connection, self._clock)
+        if backoff.restarted:
+            backoff = replace(backoff, restarted=False)
+            self._store_backoff(connection, backoff)
+        return backoff
 
     def _store_backoff(self, connection: sqlite3.Connection, backoff: Backoff) -> None:
         wall = self._clock.time() + max(0.0, backoff.not_before - self._clock.boot())
@@ -516,11 +516,8 @@ def _first_free(connection: sqlite3.Connection, living: Sequence[Any], limit: in
     """The first range of at most `limit` ids, with an event at each end, that no living lease covers."""
     start = 0
     for first, last, *_ in [*living, (_NO_LIMIT, _NO_LIMIT)]:
-        (low,) = connection.execute("SELECT min(id) FROM event WHERE id >= ? AND id < ?", (start, first)).fetchone()
+        low, high = connection.execute(_RANGE, (first, limit, start, first)).fetchone()
         if low is not None:
-            (high,) = connection.execute(
-                "SELECT max(id) FROM event WHERE id < ?", (min(first, low + limit),)
-            ).fetchone()
             return low, high
         start = last + 1
     return None

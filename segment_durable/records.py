@@ -51,6 +51,7 @@ class Backoff:
     reported: bool = False  # the budget is used up, on_error was called
     last_error: str = ""
     last_error_at: float = 0.0  # seconds since 1970; 0: never
+    restarted: bool = False  # as stored it is of an earlier start of the machine; the times have been converted
 
 
 @dataclass(frozen=True)

@@ -7,18 +7,26 @@ import time
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import requests
 from requests.adapters import HTTPAdapter
-from requests.structures import CaseInsensitiveDict
 from requests.utils import get_environ_proxies
-from urllib3.exceptions import ReadTimeoutError, SSLError
+from urllib3.exceptions import (
+    ConnectTimeoutError,
+    MaxRetryError,
+    NewConnectionError,
+    ProxyError,
+    ReadTimeoutError,
+    SSLError,
+)
+from urllib3.util import Retry
 
 __all__ = ["RequestsTransport", "Response", "Transport", "TransportError"]
 
 MAX_ANSWER_BYTES = 64 << 10  # what of an answer is read; the rest is of no interest
 _LONGEST_TIMEOUT = 1_000_000.0  # seconds; a socket takes 2**31 milliseconds at the most
+_NO_RETRIES = Retry(0, read=False)  # as requests has it: retries are the outbox's
 _ANY_HEADER = 32 + 15  # zlib's wbits for "zlib or gzip, whichever it is"
 
 
@@ -64,32 +72,39 @@ class RequestsTransport:
     def __init__(self, proxies: Mapping[str, str] | None = None) -> None:
         self._proxies = proxies
         self._session: requests.Session | None = None
-        self._prepared: dict[str, tuple[requests.PreparedRequest, dict[str, str]]] = {}
+        self._routes: dict[str, _Route] = {}
 
     def post(self, url: str, headers: Mapping[str, str], body: bytes, timeout: float) -> Response:
         timeout = min(timeout, _LONGEST_TIMEOUT)
         try:
-            session = self._session or self._open()
-            prepared, proxies = self._prepare(url)
-            request = prepared.copy()
-            request.headers.update(headers)
-            request.headers["Content-Length"] = str(len(body))
-            request.body = body
-            response = session.send(
-                request, timeout=timeout, allow_redirects=False, stream=True, proxies=proxies, verify=session.verify
+            route = self._routes.get(url) or self._find_route(url)
+            response = route.pool.urlopen(
+                "POST",
+                route.target,
+                body=body,
+                headers={**route.headers, **headers, "Content-Length": str(len(body))},
+                redirect=False,
+                assert_same_host=False,
+                preload_content=False,
+                decode_content=False,
+                retries=_NO_RETRIES,
+                timeout=timeout,
             )
-            with response:
+            try:
                 answer = _read(response, time.monotonic() + timeout)
+            finally:
+                response.close()  # a connection whose answer was read to its end is back in the pool by then
         except TransportError:
             raise
         except Exception as problem:
             # Any, for requests lets TypeErrors and others through for an odd proxy URL; and without its cause, whose
             # text may hold that proxy's password.
             raise _transport_error(problem) from None
-        return Response(response.status_code, CaseInsensitiveDict(response.headers), answer)
+        return Response(response.status, response.headers, answer)
 
     def close(self) -> None:
         session, self._session = self._session, None
+        self._routes.clear()
         if session is None:
             return
         for adapter in session.adapters.values():
@@ -108,13 +123,24 @@ class RequestsTransport:
         self._session = session
         return session
 
-    def _prepare(self, url: str) -> tuple[requests.PreparedRequest, dict[str, str]]:
-        if url not in self._prepared:
-            request = requests.PreparedRequest()
-            request.prepare(method="POST", url=url, headers={"Accept": "application/json"})
-            proxies = get_environ_proxies(url) if self._proxies is None else dict(self._proxies)
-            self._prepared[url] = (request, proxies)
-        return self._prepared[url]
+    def _find_route(self, url: str) -> _Route:
+        """The session's way to that URL: what requests would find out anew at every post, at half of its price."""
+        session = self._session or self._open()
+        proxies = get_environ_proxies(url) if self._proxies is None else dict(self._proxies)
+        request = requests.PreparedRequest()
+        request.prepare(method="POST", url=url, headers={"Accept": "application/json"})
+        adapter = session.get_adapter(url)
+        assert isinstance(adapter, HTTPAdapter)
+        pool = adapter.get_connection_with_tls_context(request, session.verify, proxies=proxies)
+        adapter.cert_verify(pool, url, session.verify, None)  # type: ignore[no-untyped-call]
+        route = self._routes[url] = _Route(pool, adapter.request_url(request, proxies), dict(request.headers))
+        return route
+
+
+class _Route(NamedTuple):
+    pool: Any  # of connections to the host, or to the proxy
+    target: str  # what the request line says
+    headers: dict[str, str]
 
 
 def _close_pools(manager: Any) -> None:
@@ -128,11 +154,11 @@ def _close_pools(manager: Any) -> None:
             pool.close()
 
 
-def _read(response: requests.Response, deadline: float) -> bytes:
+def _read(response: Any, deadline: float) -> bytes:
     """The body, as it came in: what is there is taken at once, for a read of n bytes would wait for all n of them."""
-    read = getattr(response.raw, "read1", None)
+    read = getattr(response, "read1", None)
     size = 8192 if read else 1  # urllib3 before 2.1 has no read1
-    read = read or response.raw.read
+    read = read or response.read
     answer = b""
     while len(answer) < MAX_ANSWER_BYTES:
         chunk = read(size, decode_content=False)
@@ -152,31 +178,32 @@ def _read(response: requests.Response, deadline: float) -> bytes:
     return answer
 
 
-def _ends_in_its_head(response: requests.Response) -> bool:
+def _ends_in_its_head(response: Any) -> bool:
     """Whether an answer without a body was cut off: http.client takes the end of the stream for the end of the headers.
 
     A cut between two headers can't be told from the answer of a simple server that announces no length.
     """
-    if response.status_code in (204, 304) or {"Content-Length", "Transfer-Encoding"} & {
-        *map(str.title, response.headers)
-    }:
+    if response.status in (204, 304) or {"Content-Length", "Transfer-Encoding"} & {*map(str.title, response.headers)}:
         return False
-    head = getattr(getattr(response.raw, "_original_response", None), "msg", None)
+    head = getattr(getattr(response, "_original_response", None), "msg", None)
     return not response.headers or bool(getattr(head, "defects", ()))
 
 
 def _transport_error(problem: Exception) -> TransportError:
     text = repr(problem)
+    if isinstance(problem, MaxRetryError) and problem.reason is not None:
+        problem = problem.reason
     if isinstance(problem, (requests.exceptions.SSLError, SSLError)):
         if "CERTIFICATE_VERIFY_FAILED" in text or "CertificateError" in text or "doesn't match" in text:
             return TransportError("certificate", f"the host's certificate was not accepted: {_words(problem)}")
         return TransportError("tls", f"TLS failed: {_words(problem)}")
-    if isinstance(problem, (requests.exceptions.ProxyError, requests.exceptions.InvalidProxyURL)):
+    if isinstance(problem, (ProxyError, requests.exceptions.ProxyError, requests.exceptions.InvalidProxyURL)):
         return TransportError("proxy", "the proxy can't be reached or refused")
     if isinstance(problem, requests.exceptions.InvalidSchema) and "SOCKS" in text:
         return TransportError("proxy", "a SOCKS proxy needs the package PySocks: pip install requests[socks]")
-    if isinstance(problem, (requests.Timeout, TimeoutError, ReadTimeoutError)):
-        step = "connecting" if isinstance(problem, requests.ConnectTimeout) else "waiting for the answer"
+    refused = isinstance(problem, NewConnectionError)  # which urllib3 derives from its time-out
+    if isinstance(problem, (ConnectTimeoutError, ReadTimeoutError, TimeoutError)) and not refused:
+        step = "connecting" if isinstance(problem, ConnectTimeoutError) else "waiting for the answer"
         return TransportError("timeout", f"timed out while {step}")
     if "NameResolutionError" in text or "gaierror" in text:
         return TransportError("dns", "the host's name can't be resolved")

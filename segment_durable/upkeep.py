@@ -36,7 +36,7 @@ class Upkeep:
         self._thread: threading.Thread | None = None
         self._ending = threading.Event()
         self._trouble = Limiter(60.0, clock)
-        database.on_written = self.written
+        database.watch(self.written)
 
     def written(self) -> None:
         """Something was committed: see `Database.wrote`."""
@@ -49,7 +49,7 @@ class Upkeep:
 
     def stop(self, timeout: float) -> bool:
         """Bring everything to the disk and end the thread; whether it ended within `timeout` seconds."""
-        self._database.on_written = _nothing
+        self._database.watch(_nothing)
         self._ending.set()
         self._written.set()
         self._due.set()

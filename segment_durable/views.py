@@ -37,14 +37,14 @@ def read_backoff(connection: sqlite3.Connection, clock: Clock) -> Backoff:
     boot_id, not_before, not_before_wall, told, failures = row[:5]
     first_failure, first_throttle, reported, last_error, last_error_at = row[5:]
     now = clock.boot()
-    restarted = boot_id != clock.boot_id() or (not boot_id and not_before - now > REBOOT_CAP)
-    if restarted and not_before_wall:
+    restarted = not_before > 0 and (boot_id != clock.boot_id() or (not boot_id and not_before - now > REBOOT_CAP))
+    if restarted:
         not_before = now + min(max(0.0, not_before_wall - clock.time()), REBOOT_CAP)
         first_failure = None if first_failure is None else now
         first_throttle = None if first_throttle is None else now
     return Backoff(
         *(not_before, bool(told), failures, first_failure, first_throttle),
-        *(bool(reported), last_error, last_error_at / 1000),
+        *(bool(reported), last_error, last_error_at / 1000, restarted),
     )
 
 

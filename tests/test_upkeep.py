@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from segment_durable import db, upkeep
+from segment_durable import Client, db, upkeep
 from segment_durable.clock import SystemClock
 from segment_durable.errors import StorageError
 from segment_durable.outbox import Outbox
@@ -73,6 +73,13 @@ def test_a_commit_is_synced_within_half_a_second(outbox: Outbox, keeper: Upkeep,
         assert syncs.times[-1] - committed < 5
         assert not outbox.db.is_unsynced
     assert upkeep.SYNC_SECONDS <= 0.5
+
+
+def test_the_first_commit_of_a_new_client_is_synced(make_client: Callable[..., Client], syncs: Signals) -> None:
+    """Making the outbox writes to it, too, before anybody watches."""
+    client = make_client(deliver=False)
+    client.track("u", "e")
+    assert syncs.wait_for(1)
 
 
 def test_many_commits_share_one_sync(outbox: Outbox, keeper: Upkeep, syncs: Signals) -> None:

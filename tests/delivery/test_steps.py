@@ -628,7 +628,7 @@ def test_an_ack_that_failed_is_made_good_by_close(bench: Bench, monkeypatch: pyt
     assert sender.transport.closed == 1
 
 
-@pytest.mark.parametrize("method", ["rows", "bury", "ack", "extend", "release", "backoff", "lease"])
+@pytest.mark.parametrize("method", ["joined", "rows", "bury", "ack", "extend", "release", "backoff", "lease"])
 @pytest.mark.parametrize("after", range(8))
 def test_an_outbox_that_fails_anywhere_in_a_halving_loses_nothing(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, method: str, after: int
@@ -657,6 +657,7 @@ def test_an_outbox_that_fails_anywhere_in_a_halving_loses_nothing(
             continue
         if step.kind == "empty":
             break
+    monkeypatch.undo()
     assert taken == [each for each in put if each not in poison]
     assert (bench.dead(), bench.pending()) == (sorted(poison), [])
     assert troubles <= 1
