@@ -72,6 +72,10 @@ FROM (SELECT min(id) AS low FROM event WHERE id >= ? AND id < ?)
 """
 
 
+# The same, and how many leases there are: mostly none, and then this one look is all that a lease takes.
+_AHEAD = _RANGE.replace("SELECT low,", "SELECT (SELECT count(*) FROM lease), low,", 1)
+
+
 class _Put:
     """A put that waits for a thread to commit it together with others."""
 
@@ -195,10 +199,16 @@ class Outbox:
             before = self._current_backoff(connection, now)
             if before.not_before > now and not (hurry and not before.told):
                 return NotNow("backoff", before.not_before - now, before.reported)
-            living, dead = self._sort_leases(connection, now)
-            if len(living) >= max_leases:
-                return NotNow("leased", _BUSY_LOOK)
-            span = _first_free(connection, living, limit)
+            count, low, high = connection.execute(_AHEAD, (_NO_LIMIT, limit, 0, _NO_LIMIT)).fetchone()
+            living: list[Any] = []
+            dead: list[Any] = []
+            if count:
+                living, dead = self._sort_leases(connection, now)
+                if len(living) >= max_leases:
+                    return NotNow("leased", _BUSY_LOOK)
+                span = _first_free(connection, living, limit)
+            else:
+                span = None if low is None else (low, high)
             if span is None:
                 return NotNow("leased", _BUSY_LOOK) if living else NotNow("empty", None)
             first, last = span
@@ -259,16 +269,19 @@ class Outbox:
         How many were deleted, or None if the lease was lost and nothing was.
         """
         with self.db.write() as connection:
-            found = self._fence(connection, lease, through)
-            if found is None:
-                return None
-            first, last = found
+            if through == lease.last and self._end_lease(connection, lease):
+                first, last = lease.first, lease.last
+            else:
+                found = self._fence(connection, lease, through)
+                if found is None:
+                    return None
+                first, last = found
+                self._shrink(connection, lease, through, last)
             deleted = connection.execute("DELETE FROM event WHERE id BETWEEN ? AND ?", (first, through)).rowcount
             connection.execute(
                 "UPDATE state SET delivered = delivered + ?, last_id = max(last_id, ?)", (deleted, through)
             )
             self._end_backoff(connection)
-            self._shrink(connection, lease, through, last)
         if through >= last:
             self.db.lock.held.discard(lease.token)
         return deleted
@@ -481,6 +494,15 @@ class Outbox:
             "WHERE (failures > 0 OR told OR reported OR not_before > 0 OR first_throttle IS NOT NULL) "
             "AND NOT (told AND not_before > ? AND boot_id = ?)",
             (self._clock.boot(), self._clock.boot_id()),
+        )
+
+    def _end_lease(self, connection: sqlite3.Connection, lease: Lease) -> bool:
+        """Remove the lease if it is still as it was given, fence and removal in one statement."""
+        return bool(
+            connection.execute(
+                "DELETE FROM lease WHERE first_id = ? AND token = ? AND last_id = ?",
+                (lease.first, lease.token, lease.last),
+            ).rowcount
         )
 
     def _shrink(self, connection: sqlite3.Connection, lease: Lease, through: int, last: int) -> None:
