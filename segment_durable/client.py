@@ -297,7 +297,8 @@ class Client:
             return False, message
         if not accepted:
             return False, message
-        log.debug("enqueued %s %s", kind, message["messageId"])
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("enqueued %s %s", kind, message["messageId"])
         if config.sync_mode and config.deliver:
             engine.deliver_now()
         elif config.deliver:

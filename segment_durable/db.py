@@ -33,7 +33,7 @@ __all__ = ["LOCK_NAME", "Database"]
 LOCK_NAME = "outbox.lock"
 # After about that many bytes written by this process a checkpoint is due.  A checkpoint costs 6 to 15 ms, most of
 # it in fsync, and the writers wait for it.
-CHECKPOINT_BYTES = 16 << 20
+CHECKPOINT_BYTES = 8 << 20
 # Where nobody makes the due checkpoints (no thread could be started), writers make them themselves after this.
 OVERDUE_BYTES = WAL_LIMIT_BYTES // 2
 FRAME_HEADER_BYTES = 24
@@ -104,13 +104,14 @@ class Database:
 
         Calls `on_written` for the first commit since the last sync, and while a checkpoint is due.
         """
-        self._unchecked_bytes += size + PAGE_SIZE + FRAME_HEADER_BYTES
-        if self._unchecked_bytes > OVERDUE_BYTES and not self.lock.depth:
+        unchecked = self._unchecked_bytes = self._unchecked_bytes + size + PAGE_SIZE + FRAME_HEADER_BYTES
+        if self._dirty and unchecked < CHECKPOINT_BYTES and unchecked <= OVERDUE_BYTES:
+            return
+        self._dirty = True
+        if unchecked > OVERDUE_BYTES and not self.lock.depth:
             with contextlib.suppress(OutboxError):
                 self.checkpoint()
-        if not self._dirty or self._unchecked_bytes >= CHECKPOINT_BYTES:
-            self._dirty = True
-            self.on_written()
+        self.on_written()
 
     @contextlib.contextmanager
     def read(self, timeout: float = WRITE_TIMEOUT) -> Iterator[sqlite3.Connection]:
