@@ -192,8 +192,9 @@ def new_message_id() -> str:
     Not `uuid.uuid4()`, which takes twice as long, and not from a pool of random bytes either: a forked child would
     draw the same ids again, and Segment would drop its events as duplicates.
     """
-    digits = urandom(16).hex()
-    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-a{digits[17:20]}-{digits[20:]}"
+    chance = urandom(16)
+    digits = chance.hex()
+    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{'89ab'[chance[8] >> 6]}{digits[17:20]}-{digits[20:]}"
 
 
 def _message_id(value: Any) -> str:

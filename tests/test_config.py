@@ -79,7 +79,7 @@ def refusal(**settings: Any) -> ConfigError:
 def module_annotations() -> list[str]:
     """The settings that the module declares for type checkers, in order."""
     tree = ast.parse(inspect.getsource(segment_durable))
-    (block,) = [each for each in tree.body if isinstance(each, ast.If)]
+    (block,) = [each for each in tree.body if isinstance(each, ast.If) and isinstance(each.test, ast.Name)]
     declared = [each for each in block.body if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name)]
     return [each.target.id for each in declared if isinstance(each.target, ast.Name)]
 
@@ -97,7 +97,7 @@ def test_the_declared_types_are_the_same_too() -> None:
         return annotation.replace("Message", "dict[str, Any]")
 
     tree = ast.parse(inspect.getsource(segment_durable))
-    (block,) = [each for each in tree.body if isinstance(each, ast.If)]
+    (block,) = [each for each in tree.body if isinstance(each, ast.If) and isinstance(each.test, ast.Name)]
     module = {each.target.id: ast.unparse(each.annotation) for each in block.body if isinstance(each, ast.AnnAssign)}  # type: ignore[union-attr]
     client = {each.name: str(each.annotation) for each in inspect.signature(Client.__init__).parameters.values()}
     for each in dataclasses.fields(Config):

@@ -90,7 +90,7 @@ def zone(name: str) -> Iterator[None]:
 
 
 def stamp(value: Any, now: datetime = NOW) -> str:
-    message = compose("track", ("e", None), "u", None, None, value, None, None, now)
+    message = compose("track", ("e", None), "u", None, None, value, None, None, now.timestamp())
     return str(message["timestamp"])
 
 
