@@ -207,7 +207,7 @@ class LockFile:
 def abandon_inherited() -> list[LockFile]:
     """In a forked child: forget the parent's lock files, whose locks the child does not have.
 
-    Their descriptors are returned, to be kept or closed: closing them in the child takes nothing from the parent.
+    They are returned to be kept: closing one after the child has opened its own would drop the child's locks.
     """
     inherited = list(LockFile._registry.values())
     LockFile._registry = {}
