@@ -18,6 +18,7 @@ __all__ = [
     "PAGE_SIZE",
     "WAL_LIMIT_BYTES",
     "connect",
+    "connect_for_reading",
     "hold_inherited_locks",
     "make_folder",
     "roll_back",
@@ -35,6 +36,7 @@ SCHEMA_VERSION = 1
 PAGE_SIZE = 2048
 # A WAL that a slow reader let grow beyond this is cut back to it when it starts anew.
 WAL_LIMIT_BYTES = 64 << 20
+READ_CACHE_KIB = 256  # what is read is read once
 BUSY_TIMEOUT = 5.0  # seconds that SQLite waits for a foreign program that doesn't know of our writer lock
 
 
@@ -62,6 +64,21 @@ def connect(path: Path, *, full: bool) -> sqlite3.Connection:
         connection.execute("PRAGMA temp_store=MEMORY")
         if is_new:
             _sync_folder(path.parent)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def connect_for_reading(path: Path) -> sqlite3.Connection:
+    """A second connection to an outbox, while one of `connect` is open in this process."""
+    uri = f"file:{quote(str(path))}?mode=rw"  # read-only, SQLite could not take part in the WAL's shared memory
+    connection = sqlite3.connect(uri, uri=True, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
+    try:
+        connection.execute("PRAGMA query_only=ON")
+        connection.execute("PRAGMA wal_autocheckpoint=0")
+        connection.execute(f"PRAGMA cache_size=-{READ_CACHE_KIB}")
+        connection.execute("SELECT 1 FROM state").fetchone()
     except BaseException:
         connection.close()
         raise

@@ -1,7 +1,8 @@
 """The SQLite database of an outbox: transactions under the writer lock, syncs and checkpoints.
 
-One connection for each process and outbox, used under the lock file's mutex, so that it never crosses threads without
-a lock and threads can commit together.  Nothing here knows what an event is.
+Two connections for each process and outbox.  One writes, under the lock file's mutex, so that it never crosses
+threads without a lock and threads can commit together.  The other reads, under a mutex of its own, so that neither
+waits for the other.  Nothing here knows what an event is.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from segment_durable.database_file import (
     PAGE_SIZE,
     WAL_LIMIT_BYTES,
     connect,
+    connect_for_reading,
     make_folder,
     roll_back,
     storage_error,
@@ -54,6 +58,9 @@ class Database:
         self._full = full
         self._closed = False
         self._connection: sqlite3.Connection | None = None
+        self._reading: sqlite3.Connection | None = None
+        # Taken before the lock file's mutex where both are needed; reentrant for the same reason as that one.
+        self._reading_mutex = threading.RLock()
         self._dirty = False  # something was committed since the last sync
         self._unchecked_bytes = 0
         self.on_written: Callable[[], None] = _nothing  # set by `watch`
@@ -72,9 +79,12 @@ class Database:
     # -- transactions
 
     @contextlib.contextmanager
-    def write(self) -> Iterator[sqlite3.Connection]:
-        """One transaction of the only writer; rolled back if the block raises.  It may not be nested."""
-        with self._writer() as connection, _translated():
+    def write(self, patience: float = 0.0) -> Iterator[sqlite3.Connection]:
+        """One transaction of the only writer; rolled back if the block raises.  It may not be nested.
+
+        For `patience` seconds other threads of this process that want to write go first.
+        """
+        with self._writer(patience) as connection, _translated():
             connection.execute("BEGIN IMMEDIATE")
             try:
                 yield connection
@@ -115,37 +125,24 @@ class Database:
 
     @contextlib.contextmanager
     def read(self, timeout: float = WRITE_TIMEOUT) -> Iterator[sqlite3.Connection]:
-        """One consistent view; blocks the other threads of this process, not the other processes.
+        """One consistent view of what is committed; blocks other readers of this process, and no writer.
 
         Raises `StorageError` if another thread keeps the connection for `timeout` seconds.
         """
-        mutex = self.lock.mutex
-        if not mutex.acquire(timeout=timeout):
-            raise StorageError("the outbox is in use by another thread", "SQLITE_BUSY")
-        try:
-            with _translated():
-                connection = self._connection or self._open()
-                outermost = not connection.in_transaction
+        with self._reader(timeout) as connection, _translated():
+            outermost = not connection.in_transaction
+            if outermost:
+                connection.execute("BEGIN")
+            try:
+                yield connection
+            finally:
                 if outermost:
-                    connection.execute("BEGIN")
-                try:
-                    yield connection
-                finally:
-                    if outermost:
-                        roll_back(connection)
-        finally:
-            mutex.release()
+                    roll_back(connection)
 
     def read_one(self, statement: str, parameters: tuple[Any, ...] = (), timeout: float = WRITE_TIMEOUT) -> Any:
         """The first row of one statement, None if there is none; `timeout` as for `read`."""
-        if not self.lock.mutex.acquire(timeout=timeout):
-            raise StorageError("the outbox is in use by another thread", "SQLITE_BUSY")
-        try:
-            with _translated():
-                connection = self._connection or self._open()
-                return connection.execute(statement, parameters).fetchone()
-        finally:
-            self.lock.mutex.release()
+        with self._reader(timeout) as connection, _translated():
+            return connection.execute(statement, parameters).fetchone()
 
     # -- upkeep
 
@@ -235,7 +232,11 @@ class Database:
         deletes the WAL under the child's feet (seen: the child's next commit was lost).  Returns False, with nothing
         done, if another thread did not leave the connection within `timeout` seconds.
         """
-        if not self.lock.mutex.acquire(timeout=timeout):
+        end = time.monotonic() + timeout
+        if not self._reading_mutex.acquire(timeout=timeout):
+            return False
+        if not self.lock.mutex.acquire(timeout=max(0.0, end - time.monotonic())):
+            self._reading_mutex.release()
             return False
         self._disconnect(WRITE_TIMEOUT)
         return True
@@ -243,6 +244,7 @@ class Database:
     def resume(self) -> None:
         """End `suspend()`, in the process that called it; the next call opens the connection again."""
         self.lock.mutex.release()
+        self._reading_mutex.release()
 
     def close(self, timeout: float = WRITE_TIMEOUT) -> None:
         """Close the connection and the lock file, waiting for others `timeout` seconds at most.
@@ -252,23 +254,38 @@ class Database:
         if self._closed:
             return
         self._closed = True
-        if self.lock.mutex.acquire(timeout=timeout):
+        end = time.monotonic() + timeout
+        if self._reading_mutex.acquire(timeout=timeout):
             try:
-                self._disconnect(timeout)
+                if not self.lock.mutex.acquire(timeout=max(0.0, end - time.monotonic())):
+                    return
+                try:
+                    self._disconnect(timeout)
+                finally:
+                    self.lock.mutex.release()
             finally:
-                self.lock.mutex.release()
+                self._reading_mutex.release()
             self.lock.close()
         # Otherwise a thread is at work in there: its connection and the lock file end with the process.
 
     # -- inside
 
     @contextlib.contextmanager
-    def _writer(self) -> Iterator[sqlite3.Connection]:
-        self.lock.acquire(WRITE_TIMEOUT)
+    def _writer(self, patience: float = 0.0) -> Iterator[sqlite3.Connection]:
+        self.lock.acquire(WRITE_TIMEOUT, patience)
         try:
             yield self._connection or self._open()
         finally:
             self.lock.release()
+
+    @contextlib.contextmanager
+    def _reader(self, timeout: float) -> Iterator[sqlite3.Connection]:
+        if not self._reading_mutex.acquire(timeout=timeout):
+            raise StorageError("the outbox is in use by another thread", "SQLITE_BUSY")
+        try:
+            yield self._reading or self._open_for_reading(timeout)
+        finally:
+            self._reading_mutex.release()
 
     def _open(self) -> sqlite3.Connection:
         """Connect, under the mutex; create or check the schema, which takes the writer lock."""
@@ -286,7 +303,24 @@ class Database:
         self._connection = connection
         return connection
 
+    def _open_for_reading(self, timeout: float) -> sqlite3.Connection:
+        if not self.lock.mutex.acquire(timeout=timeout):
+            raise StorageError("the outbox is in use by another thread", "SQLITE_BUSY")
+        try:
+            if self._connection is None:
+                self._open()  # first: it knows what may be wrong with the file
+            connection = connect_for_reading(self.path)
+        except sqlite3.Error as problem:
+            raise storage_error(problem) from problem
+        finally:
+            self.lock.mutex.release()
+        self._reading = connection
+        return connection
+
     def _disconnect(self, timeout: float) -> None:
+        reading, self._reading = self._reading, None
+        if reading is not None:
+            reading.close()
         connection, self._connection = self._connection, None
         if connection is None:
             return

@@ -23,6 +23,7 @@ log = logging.getLogger("segment.durable.delivery")
 
 _DEAD_LETTERS_FULL_WAIT = 60.0  # seconds
 _EXPIRE_EVERY = 1.0  # seconds
+_BATCHES_A_LEASE = 4  # that one sender takes at once, where it is the only one
 _JOIN_AT_MOST = 500  # events that are joined before it is known that they fit: 16 MB at the worst
 
 
@@ -113,9 +114,9 @@ class Delivery:
             return self._release(self._failure)
         if self._lease is None:
             self._expire()
-            found = self._outbox.lease(
-                self._config.upload_size, self._config.lease, max_leases=self._config.thread, hurry=hurry
-            )
+            threads = self._config.thread
+            limit = self._config.upload_size * (_BATCHES_A_LEASE if threads == 1 else 1)
+            found = self._outbox.lease(limit, self._config.lease, max_leases=threads, hurry=hurry)
             if isinstance(found, NotNow):
                 return Step(found.reason, seconds=found.seconds, exhausted=found.exhausted)
             self._lease = found
@@ -144,16 +145,32 @@ class Delivery:
         if self._delivered is not None:
             with contextlib.suppress(OutboxError):
                 self._ack(self._delivered)
-        backoff = None if self._failure is None else self._failure.backoff
-        lease = self._drop()
-        if lease is not None:
-            try:
-                self._outbox.release(lease, backoff)
-            except OutboxError:
-                self._outbox.forget(lease)
+        self._give_up()
         self._uploader.close()
 
+    @property
+    def is_under_way(self) -> bool:
+        """Whether there is something leased that the next step goes on with."""
+        return self._lease is not None
+
+    def rest(self) -> None:
+        """Give up what is leased and has not been tried; for when no step follows soon."""
+        if self._delivered is None and self._failure is None:
+            self._give_up()
+
     # -- inside
+
+    def _give_up(self) -> None:
+        lease = self._lease
+        if lease is None:
+            return
+        backoff = None if self._failure is None else self._failure.backoff
+        self._cuts = [last for _, last in self._work]
+        self._drop()
+        try:
+            self._outbox.release(lease, backoff)
+        except OutboxError:
+            self._outbox.forget(lease)
 
     def _next_batch(self) -> Batch | None:
         assert self._lease is not None
@@ -165,7 +182,7 @@ class Delivery:
                 return None
             self._lease = lease = extended
         first, last = self._work[-1]
-        if last - first < _JOIN_AT_MOST:
+        if self._config.upload_size <= _JOIN_AT_MOST:
             count, low, high, events = self._outbox.joined(first, last, self._config.upload_size)
             if count and len(events) <= self._room:
                 return Batch(low, high, count, events)

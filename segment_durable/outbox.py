@@ -18,13 +18,11 @@ that the lease was lost to another sender, and nothing is changed.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import hmac
 import os
 import secrets
 import sqlite3
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,33 +30,18 @@ from typing import Any
 
 from segment_durable.clock import Clock
 from segment_durable.db import WRITE_TIMEOUT, Database
-from segment_durable.errors import OutboxBusy, OutboxError, SourceMismatch, StorageError
+from segment_durable.errors import SourceMismatch
+from segment_durable.intake import Intake
 from segment_durable.records import Backoff, DeadLetter, Lease, NotNow, OutboxStats, Row
 from segment_durable.views import LEASES, TOTALS, read_backoff, read_stats
 
 __all__ = ["Outbox"]
 
 _NO_LIMIT = 1 << 62
-_MAX_GROUP = 500  # puts in one transaction
 _BUSY_LOOK = 0.5  # seconds after which a sender looks again at leases of others
-
-# Limit, id and insert in one statement.  The last id ever given is max(the last row, state.last_id), because SQLite
-# alone would hand the ids of a deleted tail out again; what has left is counted in `state`, so the number of events
-# waiting is a subtraction.  At the limit the id is that of a row that exists, and so the row is ignored.  (INSERT ...
-# SELECT ... WHERE would say it more plainly, and take 1.5 us longer: it reads the table that it writes, and so goes
-# through a temporary one.)
-_PUT = """
-INSERT OR IGNORE INTO event (id, appended_at, body)
-VALUES ((
-    SELECT CASE WHEN last - gone < ? THEN last + 1 ELSE (SELECT max(id) FROM event) END
-    FROM (
-        SELECT max(last_id, ifnull((SELECT max(id) FROM event), 0)) AS last,
-               delivered + buried + erased + expired AS gone
-        FROM state
-    )
-), ?, ?)
-"""
-
+# Seconds for which a sender lets calls of this process go before it.  A thread that waits for a lock has to be woken
+# each time that it is given back, and beside a busy caller that costs both more than the work that it waits with.
+_PATIENCE = 0.002
 
 _JOINED = """
 SELECT count(*), min(id), max(id), CAST(group_concat(body, ',') AS BLOB)
@@ -76,17 +59,6 @@ FROM (SELECT min(id) AS low FROM event WHERE id >= ? AND id < ?)
 _AHEAD = _RANGE.replace("SELECT low,", "SELECT (SELECT count(*) FROM lease), low,", 1)
 
 
-class _Put:
-    """A put that waits for a thread to commit it together with others."""
-
-    __slots__ = ("accepted", "error", "parameters")
-
-    def __init__(self, parameters: tuple[int, int, bytes]) -> None:
-        self.parameters = parameters
-        self.accepted: bool | None = None
-        self.error: BaseException | None = None
-
-
 class Outbox:
     """The outbox in `folder`, created if there is none.
 
@@ -96,9 +68,8 @@ class Outbox:
 
     def __init__(self, folder: Path, clock: Clock, *, full: bool = False, write_key: str | None = None) -> None:
         self._clock = clock
-        self._waiting: deque[_Put] = deque()
-        self._committing = False
         self.db = Database(folder, full=full)
+        self._intake = Intake(self.db)
         if write_key is not None:
             try:
                 self._claim(write_key)
@@ -116,73 +87,8 @@ class Outbox:
     # -- in
 
     def put(self, body: bytes, appended_at: int, max_pending: int = 0) -> bool:
-        """Append one event; it is committed when the call returns.
-
-        `appended_at`: milliseconds since 1970.  Returns False, with nothing appended, if `max_pending` events are
-        waiting.  Threads that come at the same time are committed in one transaction.
-        """
-        parameters = (max_pending or _NO_LIMIT, appended_at, body)
-        db = self.db
-        lock = db.lock
-        if not self._waiting and lock.acquire_unless_busy(WRITE_TIMEOUT):
-            try:
-                accepted = db.write_one(_PUT, parameters)
-            finally:
-                lock.release()
-            db.wrote(len(body))
-            return accepted == 1
-        mutex = lock.mutex
-        put = _Put(parameters)
-        self._waiting.append(put)
-        if not mutex.acquire(timeout=WRITE_TIMEOUT):
-            try:
-                self._waiting.remove(put)
-            except ValueError:  # the writing thread has just taken it along: see how that ended
-                if not mutex.acquire(timeout=2 * WRITE_TIMEOUT):
-                    raise OutboxBusy("another thread is still writing this event to the outbox") from None
-            else:
-                raise OutboxBusy(f"another thread has been writing to the outbox for {WRITE_TIMEOUT:g} s")
-        try:
-            if self._committing:  # and so this is a signal handler or a finalizer in the very thread that commits
-                with contextlib.suppress(ValueError):
-                    self._waiting.remove(put)
-                raise OutboxBusy("the call was made by a signal handler or a finalizer while its thread was writing")
-            while put.accepted is None and put.error is None:
-                self._put_group()
-        finally:
-            mutex.release()
-        if put.accepted is None and put.error is not None:
-            raise put.error
-        return bool(put.accepted)
-
-    def _put_group(self) -> None:
-        """Commit the puts that wait, in the order in which they came.  Under the mutex."""
-        self._committing = True
-        group: list[_Put] = []
-        try:
-            while self._waiting and len(group) < _MAX_GROUP:
-                taken = len(group)
-                try:
-                    # Into the group first: an exception in between, from a signal handler, must not lose one.
-                    group.append(self._waiting[0])
-                    group[-1] = self._waiting.popleft()
-                except IndexError:
-                    del group[taken:]  # the last one was withdrawn, by its own thread, between two of these steps
-            if not group:
-                return
-            with self.db.write() as connection:
-                accepted = [connection.execute(_PUT, put.parameters).rowcount == 1 for put in group]
-            for put, each in zip(group, accepted):
-                put.accepted = each
-        except BaseException as problem:
-            for put in group:
-                put.error = problem if isinstance(problem, OutboxError) else StorageError("the write was interrupted")
-            if not isinstance(problem, OutboxError):
-                raise
-            return
-        finally:
-            self._committing = False
-        self.db.wrote(sum(len(put.parameters[2]) for put in group))
+        """Append one event; see `Intake.put`."""
+        return self._intake.put(body, appended_at, max_pending)
 
     # -- out
 
@@ -194,7 +100,7 @@ class Outbox:
         """
         if self.db.read_one("SELECT min(id) FROM event")[0] is None:
             return NotNow("empty", None)  # found out without waiting for the writers
-        with self.db.write() as connection:
+        with self.db.write(_PATIENCE) as connection:
             now = self._clock.boot()
             before = self._current_backoff(connection, now)
             if before.not_before > now and not (hurry and not before.told):
@@ -254,7 +160,7 @@ class Outbox:
     def extend(self, lease: Lease, seconds: float) -> Lease | None:
         """The lease with its deadline `seconds` from now, or None if it was lost."""
         deadline = self._clock.boot() + seconds
-        with self.db.write() as connection:
+        with self.db.write(_PATIENCE) as connection:
             changed = connection.execute(
                 "UPDATE lease SET deadline = ? WHERE token = ?", (deadline, lease.token)
             ).rowcount
@@ -268,7 +174,7 @@ class Outbox:
 
         How many were deleted, or None if the lease was lost and nothing was.
         """
-        with self.db.write() as connection:
+        with self.db.write(_PATIENCE) as connection:
             if through == lease.last and self._end_lease(connection, lease):
                 first, last = lease.first, lease.last
             else:
@@ -291,7 +197,7 @@ class Outbox:
 
         True if it was moved, False if there are `max_dead` dead letters already, None if the lease was lost.
         """
-        with self.db.write() as connection:
+        with self.db.write(_PATIENCE) as connection:
             found = self._fence(connection, lease, event_id)
             if found is None:
                 return None
@@ -316,7 +222,7 @@ class Outbox:
 
         False if the lease was lost; then `backoff` is not stored either.
         """
-        with self.db.write() as connection:
+        with self.db.write(_PATIENCE) as connection:
             removed = connection.execute("DELETE FROM lease WHERE token = ?", (lease.token,)).rowcount
             if removed and backoff is not None:
                 self._store_backoff(connection, backoff)

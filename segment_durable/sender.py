@@ -136,9 +136,11 @@ class Sender:
                     return self._has_left(target, end)
             return True
         finally:
-            if self._inline_ends and self._inline is not None:
-                self._inline.close()
-                self._inline = None
+            if self._inline is not None:
+                self._inline.rest()
+                if self._inline_ends:
+                    self._inline.close()
+                    self._inline = None
             self._inline_lock.release()
 
     def wait_for_others(self, target: int, seconds: float) -> bool:
@@ -261,7 +263,7 @@ class _Worker(threading.Thread):
         try:
             while not self.stopping:
                 self._arm(1)
-                if self._fill():
+                if self._is_under_way() or self._fill():
                     self._wait_after(self._step())
         finally:
             if self._delivery is not None:
@@ -271,6 +273,9 @@ class _Worker(threading.Thread):
                 callbacks = list(self._on_end)
             for callback in callbacks:
                 callback()
+
+    def _is_under_way(self) -> bool:
+        return self._delivery is not None and self._delivery.is_under_way
 
     def _step(self) -> Step:
         hurry, self._hurry = self._hurry, False

@@ -964,3 +964,60 @@ def test_posts_are_in_the_order_of_the_events_before_and_after_a_failure(bench: 
     firsts = [sent[0] for sent in sender.sent]
     assert all(earlier <= later for earlier, later in pairwise(firsts))
     assert list(dict.fromkeys(each for sent in sender.sent for each in sent)) == list(range(1, 12))
+
+
+# -- one lease, several batches
+
+
+def test_one_lease_serves_four_batches_each_acknowledged_by_itself(bench: Bench) -> None:
+    bench.configure(upload_size=10)
+    bench.put(55)
+    sender = bench.sender([200, 200, 503])
+    left = []
+    for _ in range(2):
+        assert sender.step().kind == "delivered"
+        left.append((bench.outbox.stats().leased, bench.outbox.pending()))
+    assert left == [(30, 45), (20, 35)]
+    assert sender.delivery.is_under_way
+    assert sender.step().kind == "failed"
+    assert bench.outbox.stats().leased == 0, "what was not tried goes back with what failed"
+    assert not sender.delivery.is_under_way
+    bench.clock.advance(60)
+    sender.run()
+    assert [len(post) for post in sender.sent] == [10] * 6 + [5]
+    assert sender.sent[2] == sender.sent[3] == [*range(21, 31)]
+
+
+def test_several_senders_share_what_there_is(bench: Bench) -> None:
+    bench.configure(upload_size=10, thread=2)
+    bench.put(30)
+    sender = bench.sender()
+    sender.step()
+    assert bench.outbox.stats().leased == 0, "with several threads each takes one batch at a time"
+
+
+def test_a_delivery_that_rests_keeps_nothing_from_others(bench: Bench) -> None:
+    bench.configure(upload_size=10)
+    bench.put(25)
+    sender, other = bench.sender(), bench.sender()
+    sender.step()
+    assert other.step().kind == "leased"
+    sender.delivery.rest()
+    assert other.step().kind == "delivered"
+    assert sender.sent + other.sent == [[*range(1, 11)], [*range(11, 21)]]
+
+
+def test_a_delivery_that_rests_remembers_what_the_receiver_took(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.put(3)
+    sender = bench.sender()
+
+    def refuse(*_: object) -> None:
+        raise StorageError("the outbox can't be used: disk I/O error", "SQLITE_IOERR")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.outbox, "ack", refuse)
+        with pytest.raises(StorageError):
+            sender.step()
+        sender.delivery.rest()
+    assert sender.run().kind == "empty"
+    assert sender.sent == [[1, 2, 3]], "sent once"

@@ -27,7 +27,7 @@ def mode(path: Path) -> int:
 
 
 def pragma(outbox: Outbox, name: str) -> object:
-    with outbox.db.read() as connection:
+    with outbox.db.write() as connection:
         return connection.execute(f"PRAGMA {name}").fetchone()[0]
 
 

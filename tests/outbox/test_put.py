@@ -239,16 +239,17 @@ def test_nothing_expires_while_a_lease_lives(outbox: Outbox, clock: FakeClock) -
 
 
 def test_sixteen_threads_commit_in_fewer_transactions_than_events(outbox: Outbox, folder: Path) -> None:
-    with outbox.db.read() as connection:
-        begun: list[str] = []
-        connection.set_trace_callback(lambda statement: begun.append(statement))
+    begun: list[str] = []
+    with outbox.db.write() as connection:
+        pass
+    connection.set_trace_callback(begun.append)
     # All wait for the thread lock, as behind a slow commit, and are then committed by whoever gets it first.
     outbox.db.lock.mutex.acquire()
     try:
         threads = [threading.Thread(target=outbox.put, args=(b"%d" % each, 1), daemon=True) for each in range(16)]
         for thread in threads:
             thread.start()
-        wait_until(lambda: len(outbox._waiting) == 16)
+        wait_until(lambda: len(outbox._intake._waiting) == 16)
     finally:
         outbox.db.lock.mutex.release()
     for thread in threads:
@@ -277,7 +278,7 @@ def test_a_limit_that_is_reached_within_a_group_refuses_the_rest_of_it(outbox: O
         threads = [threading.Thread(target=put, daemon=True) for _ in range(9)]
         for thread in threads:
             thread.start()
-        wait_until(lambda: len(outbox._waiting) == 9)
+        wait_until(lambda: len(outbox._intake._waiting) == 9)
     finally:
         outbox.db.lock.mutex.release()
     for thread in threads:
@@ -362,7 +363,7 @@ def test_a_group_that_fails_refuses_all_of_it_and_the_next_puts_work(outbox: Out
         threads = [threading.Thread(target=put, daemon=True) for _ in range(4)]
         for thread in threads:
             thread.start()
-        wait_until(lambda: len(outbox._waiting) == 4)
+        wait_until(lambda: len(outbox._intake._waiting) == 4)
     finally:
         outbox.db.lock.mutex.release()
     for thread in threads:
@@ -389,7 +390,7 @@ def test_a_put_gives_up_when_another_process_keeps_the_writer_lock(
     outbox: Outbox, worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker.call("hold_writer_lock")
-    for module in ("db", "outbox"):
+    for module in ("db", "intake"):
         monkeypatch.setattr(f"segment_durable.{module}.WRITE_TIMEOUT", 0.05)
     with pytest.raises(OutboxBusy):
         outbox.put(b"x", 1)

@@ -53,7 +53,7 @@ def test_nobody_writes_while_another_process_has_the_writer_lock(
 ) -> None:
     outbox.put(b"x", 1)
     worker.call("hold_writer_lock")
-    for module in ("db", "outbox"):
+    for module in ("db", "intake"):
         monkeypatch.setattr(f"segment_durable.{module}.WRITE_TIMEOUT", 0.05)
     for write in (
         lambda: outbox.put(b"y", 1),
@@ -69,6 +69,59 @@ def test_nobody_writes_while_another_process_has_the_writer_lock(
     worker.call("release_writer_lock")
     assert outbox.put(b"y", 1)
     assert outbox.db.checkpoint()
+
+
+def test_reading_does_not_wait_for_a_thread_that_writes(outbox: Outbox) -> None:
+    outbox.put(b"x", 1)
+    assert outbox.pending() == 1
+    seen: list[int] = []
+    with outbox.db.write() as connection:
+        connection.execute("DELETE FROM event")
+        thread = threading.Thread(target=lambda: seen.append(outbox.pending()))
+        thread.start()
+        thread.join(30)
+        assert seen == [1], "and it sees what is committed"
+
+
+def test_a_patient_writer_lets_others_go_first_and_then_waits_its_turn(
+    outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    naps: list[float] = []
+    time_ = [100.0]
+
+    def nap(seconds: float) -> None:
+        naps.append(seconds)
+        time_[0] += seconds
+
+    monkeypatch.setattr("segment_durable.locks.time.sleep", nap)
+    monkeypatch.setattr("segment_durable.locks.time.monotonic", lambda: time_[0])
+
+    def write() -> None:
+        outbox.db.lock.acquire(0.01, patience=0.001)
+        outbox.db.lock.release()
+
+    monkeypatch.setattr(outbox.db.lock, "_acquire_mutex", Refusing(outbox.db.lock.mutex.acquire, 5))
+    write()
+    assert len(naps) == 4, "got at the fifth time of asking"
+    naps.clear()
+    monkeypatch.setattr(outbox.db.lock, "_acquire_mutex", refusing := Refusing(outbox.db.lock.mutex.acquire, 1000))
+    with pytest.raises(OutboxBusy):
+        write()
+    assert len(naps) in (10, 11), "a thousandth of a second, in naps of a tenth of that"
+    assert refusing.last == {"timeout": 0.01}, "and then as everybody"
+
+
+class Refusing:
+    """Refuses a lock until it was asked for so many times."""
+
+    def __init__(self, acquire: Callable[..., bool], times: int) -> None:
+        self.acquire, self.times = acquire, times
+        self.last: dict[str, Any] = {}
+
+    def __call__(self, *args: Any, **options: Any) -> bool:
+        self.times -= 1
+        self.last = options
+        return self.times <= 0 and self.acquire(*args, **options)
 
 
 def test_a_waiting_writer_goes_on_when_the_lock_is_given_back(outbox: Outbox, worker: Worker) -> None:
@@ -207,7 +260,7 @@ def put_in_one_group(outbox: Outbox, count: int, body: bytes) -> None:
         threads = [threading.Thread(target=outbox.put, args=(body, 1), daemon=True) for _ in range(count)]
         for thread in threads:
             thread.start()
-        wait_until(lambda: len(outbox._waiting) == count)
+        wait_until(lambda: len(outbox._intake._waiting) == count)
     finally:
         outbox.db.lock.mutex.release()
     for thread in threads:
@@ -427,7 +480,7 @@ def test_other_threads_wait_while_the_outbox_is_suspended(outbox: Outbox) -> Non
     assert outbox.db.suspend()
     thread = threading.Thread(target=outbox.put, args=(b"x", 1), daemon=True)
     thread.start()
-    wait_until(lambda: len(outbox._waiting) == 1)
+    wait_until(lambda: len(outbox._intake._waiting) == 1)
     outbox.db.resume()
     thread.join(30)
     assert bodies(outbox) == [b"x"]
@@ -505,7 +558,7 @@ def test_a_signal_handler_does_not_write_while_another_process_has_the_writer_lo
 ) -> None:
     """Its thread waits for that lock just then, and does not have it yet."""
     worker.call("hold_writer_lock")
-    for module in ("db", "outbox"):
+    for module in ("db", "intake"):
         monkeypatch.setattr(f"segment_durable.{module}.WRITE_TIMEOUT", 0.1)
     nap = time.sleep
     accepted: list[bool] = []
@@ -538,7 +591,7 @@ class Remembering(deque[Any]):
 
 @pytest.fixture
 def waiting(outbox: Outbox) -> Iterator[Remembering]:
-    outbox._waiting = waiting = Remembering()
+    outbox._intake._waiting = waiting = Remembering()
     yield waiting
     for put in waiting.all:
         put.error = put.error or StorageError("the test is over")
@@ -645,7 +698,7 @@ def test_a_signal_handler_that_puts_at_any_place_of_a_group_costs_no_other_threa
         try:
             for thread in threads:
                 thread.start()
-            wait_until(lambda: len(outbox._waiting) == 2)
+            wait_until(lambda: len(outbox._intake._waiting) == 2)
             with Interruption(at, handle) as interruption:
                 put(b"of this thread")
         finally:
@@ -691,7 +744,7 @@ def test_a_put_that_gives_up_while_it_is_being_taken_along_costs_no_other_thread
         wait_until(lambda: len(waiting) == 3)
         with monkeypatch.context() as patch:
             patch.setattr(Remembering, "popleft", popleft)
-            outbox._put_group()
+            outbox._intake._put_group()
     finally:
         outbox.db.lock.mutex.release()
     for thread in threads:
@@ -727,7 +780,7 @@ def test_a_group_that_is_interrupted_by_an_exception_leaves_no_thread_waiting_fo
     try:
         for thread in threads:
             thread.start()
-        wait_until(lambda: len(outbox._waiting) == 3)
+        wait_until(lambda: len(outbox._intake._waiting) == 3)
         with pytest.raises(KeyboardInterrupt):
             outbox.put(b"of this thread", 1)
     finally:

@@ -1,0 +1,120 @@
+"""Events in: each put is committed when it returns, and threads that come at the same time are committed together."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+
+from segment_durable.db import WRITE_TIMEOUT, Database
+from segment_durable.errors import OutboxBusy, OutboxError, StorageError
+
+__all__ = ["Intake"]
+
+_NO_LIMIT = 1 << 62
+_MAX_GROUP = 500  # puts in one transaction
+
+# Limit, id and insert in one statement.  The last id ever given is max(the last row, state.last_id), because SQLite
+# alone would hand the ids of a deleted tail out again; what has left is counted in `state`, so the number of events
+# waiting is a subtraction.  At the limit the id is that of a row that exists, and so the row is ignored.  (INSERT ...
+# SELECT ... WHERE would say it more plainly, and take 1.5 us longer: it reads the table that it writes, and so goes
+# through a temporary one.)
+_PUT = """
+INSERT OR IGNORE INTO event (id, appended_at, body)
+VALUES ((
+    SELECT CASE WHEN last - gone < ? THEN last + 1 ELSE (SELECT max(id) FROM event) END
+    FROM (
+        SELECT max(last_id, ifnull((SELECT max(id) FROM event), 0)) AS last,
+               delivered + buried + erased + expired AS gone
+        FROM state
+    )
+), ?, ?)
+"""
+
+
+class _Put:
+    """A put that waits for a thread to commit it together with others."""
+
+    __slots__ = ("accepted", "error", "parameters")
+
+    def __init__(self, parameters: tuple[int, int, bytes]) -> None:
+        self.parameters = parameters
+        self.accepted: bool | None = None
+        self.error: BaseException | None = None
+
+
+class Intake:
+    """Appends events to the table `event` of `database`; an `Outbox` has one."""
+
+    def __init__(self, database: Database) -> None:
+        self._db = database
+        self._waiting: deque[_Put] = deque()
+        self._committing = False
+
+    def put(self, body: bytes, appended_at: int, max_pending: int = 0) -> bool:
+        """Append one event; it is committed when the call returns.
+
+        `appended_at`: milliseconds since 1970.  Returns False, with nothing appended, if `max_pending` events are
+        waiting.  Threads that come at the same time are committed in one transaction.
+        """
+        parameters = (max_pending or _NO_LIMIT, appended_at, body)
+        db = self._db
+        lock = db.lock
+        if not self._waiting and lock.acquire_unless_busy(WRITE_TIMEOUT):
+            try:
+                accepted = db.write_one(_PUT, parameters)
+            finally:
+                lock.release()
+            db.wrote(len(body))
+            return accepted == 1
+        mutex = lock.mutex
+        put = _Put(parameters)
+        self._waiting.append(put)
+        if not mutex.acquire(timeout=WRITE_TIMEOUT):
+            try:
+                self._waiting.remove(put)
+            except ValueError:  # the writing thread has just taken it along: see how that ended
+                if not mutex.acquire(timeout=2 * WRITE_TIMEOUT):
+                    raise OutboxBusy("another thread is still writing this event to the outbox") from None
+            else:
+                raise OutboxBusy(f"another thread has been writing to the outbox for {WRITE_TIMEOUT:g} s")
+        try:
+            if self._committing:  # and so this is a signal handler or a finalizer in the very thread that commits
+                with contextlib.suppress(ValueError):
+                    self._waiting.remove(put)
+                raise OutboxBusy("the call was made by a signal handler or a finalizer while its thread was writing")
+            while put.accepted is None and put.error is None:
+                self._put_group()
+        finally:
+            mutex.release()
+        if put.accepted is None and put.error is not None:
+            raise put.error
+        return bool(put.accepted)
+
+    def _put_group(self) -> None:
+        """Commit the puts that wait, in the order in which they came.  Under the mutex."""
+        self._committing = True
+        group: list[_Put] = []
+        try:
+            while self._waiting and len(group) < _MAX_GROUP:
+                taken = len(group)
+                try:
+                    # Into the group first: an exception in between, from a signal handler, must not lose one.
+                    group.append(self._waiting[0])
+                    group[-1] = self._waiting.popleft()
+                except IndexError:
+                    del group[taken:]  # the last one was withdrawn, by its own thread, between two of these steps
+            if not group:
+                return
+            with self._db.write() as connection:
+                accepted = [connection.execute(_PUT, put.parameters).rowcount == 1 for put in group]
+            for put, each in zip(group, accepted):
+                put.accepted = each
+        except BaseException as problem:
+            for put in group:
+                put.error = problem if isinstance(problem, OutboxError) else StorageError("the write was interrupted")
+            if not isinstance(problem, OutboxError):
+                raise
+            return
+        finally:
+            self._committing = False
+        self._db.wrote(sum(len(put.parameters[2]) for put in group))
