@@ -21,6 +21,7 @@ _LOOK = 0.5  # seconds between looks at the outbox when idle: for the events of 
 _TROUBLE_WAIT = 1.0  # seconds after an error of the outbox
 _FLUSH_LOOK = 0.05  # seconds between looks in `flush`, for what other processes deliver
 _BUSY = 10.0  # seconds to wait for other threads at the outbox, where the caller named none
+_GLANCE = 0.02  # seconds for the last look at the outbox when the time is over: another thread may be looking
 _NEVER = 1 << 62
 
 
@@ -191,7 +192,7 @@ class Sender:
             self.changed.notify_all()
 
     def _has_left(self, target: int, end: float | None) -> bool:
-        first = self._outbox.first_id(_BUSY if end is None else max(0.0, end - self._clock.boot()))
+        first = self._outbox.first_id(_BUSY if end is None else max(_GLANCE, end - self._clock.boot()))
         return first is None or first > target
 
 

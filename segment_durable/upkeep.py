@@ -82,6 +82,8 @@ class Upkeep:
                 self._written.set()  # nobody else says so again: what was committed is still not synced
                 self._clock.wait(self._ending, SYNC_SECONDS)
                 continue
+            if self._ending.is_set():
+                return
             if not self._clock.wait(self._written, _QUIET_SECONDS) and self._is_untidy():
                 self._tidy()
 

@@ -400,7 +400,7 @@ def test_a_put_gives_up_when_another_process_keeps_the_writer_lock(
 
 
 def test_a_put_gives_up_when_another_thread_keeps_the_outbox(outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("segment_durable.outbox.WRITE_TIMEOUT", 0.05)
+    monkeypatch.setattr("segment_durable.intake.WRITE_TIMEOUT", 0.05)
     caught: list[OutboxBusy] = []
 
     def put() -> None:
