@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
+from threading import Lock, get_ident
 
 from segment_durable.db import WRITE_TIMEOUT, Database
 from segment_durable.errors import OutboxBusy, OutboxError, StorageError
@@ -34,16 +35,32 @@ VALUES ((
 class _Put:
     """A put that waits for a thread to commit it together with others."""
 
-    __slots__ = ("accepted", "error", "parameters")
+    __slots__ = ("_turn", "accepted", "error", "parameters", "thread")
 
     def __init__(self, parameters: tuple[int, int, bytes]) -> None:
         self.parameters = parameters
         self.accepted: bool | None = None
         self.error: BaseException | None = None
+        self.thread = get_ident()
+        self._turn = Lock()
+        self._turn.acquire()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until it is done, or the first of those who wait; False if that takes too long."""
+        return self._turn.acquire(timeout=seconds)
+
+    def wake(self) -> None:
+        with contextlib.suppress(RuntimeError):  # it is awake already
+            self._turn.release()
 
 
 class Intake:
-    """Appends events to the table `event` of `database`; an `Outbox` has one."""
+    """Appends events to the table `event` of `database`; an `Outbox` has one.
+
+    Of the threads that come while another writes, the first waits for the writer lock and then commits the events of
+    all; the others wait for it.  Were they to wait for the lock too, those whose event is committed could not return
+    before they had it, while the fastest thread took it again and again for its own event alone.
+    """
 
     def __init__(self, database: Database) -> None:
         self._db = database
@@ -66,29 +83,64 @@ class Intake:
                 lock.release()
             db.wrote(len(body))
             return accepted == 1
-        mutex = lock.mutex
         put = _Put(parameters)
         self._waiting.append(put)
-        if not mutex.acquire(timeout=WRITE_TIMEOUT):
+        if self._is_to_commit(put):
             try:
-                self._waiting.remove(put)
-            except ValueError:  # the writing thread has just taken it along: see how that ended
-                if not mutex.acquire(timeout=2 * WRITE_TIMEOUT):
-                    raise OutboxBusy("another thread is still writing this event to the outbox") from None
-            else:
-                raise OutboxBusy(f"another thread has been writing to the outbox for {WRITE_TIMEOUT:g} s")
-        try:
-            if self._committing:  # and so this is a signal handler or a finalizer in the very thread that commits
-                with contextlib.suppress(ValueError):
-                    self._waiting.remove(put)
-                raise OutboxBusy("the call was made by a signal handler or a finalizer while its thread was writing")
-            while put.accepted is None and put.error is None:
-                self._put_group()
-        finally:
-            mutex.release()
+                if self._committing:  # and so this is a signal handler or a finalizer in the very thread that commits
+                    self._withdraw(put)
+                    raise OutboxBusy(
+                        "the call was made by a signal handler or a finalizer while its thread was writing"
+                    )
+                while put.accepted is None and put.error is None:
+                    self._put_group()
+            finally:
+                lock.mutex.release()
+                self._wake_first()
         if put.accepted is None and put.error is not None:
             raise put.error
         return bool(put.accepted)
+
+    def _is_to_commit(self, put: _Put) -> bool:
+        """Wait until another thread has committed that put, or it is this one's to do: then it has the mutex."""
+        mutex = self._db.lock.mutex
+        if mutex.acquire(False):
+            return True
+        in_time = True
+        if not self._is_first_ours():
+            in_time = put.wait(WRITE_TIMEOUT)
+            if put.accepted is not None or put.error is not None:
+                return False
+        if in_time and mutex.acquire(timeout=WRITE_TIMEOUT):
+            return True
+        if self._withdraw(put):
+            self._wake_first()
+            raise OutboxBusy(f"another thread has been writing to the outbox for {WRITE_TIMEOUT:g} s")
+        # The thread that writes has just taken it along: see how that ends.
+        if not put.wait(2 * WRITE_TIMEOUT):
+            raise OutboxBusy("another thread is still writing this event to the outbox")
+        return False
+
+    def _is_first_ours(self) -> bool:
+        """Whether the first of those who wait is of this thread, which may be another put than the one at hand:
+
+        a signal handler can't wait for what the call that it has interrupted was about to do.
+        """
+        try:
+            return self._waiting[0].thread == get_ident()
+        except IndexError:
+            return False
+
+    def _withdraw(self, put: _Put) -> bool:
+        try:
+            self._waiting.remove(put)
+        except ValueError:
+            return False
+        return True
+
+    def _wake_first(self) -> None:
+        with contextlib.suppress(IndexError):
+            self._waiting[0].wake()
 
     def _put_group(self) -> None:
         """Commit the puts that wait, in the order in which they came.  Under the mutex."""
@@ -117,4 +169,6 @@ class Intake:
             return
         finally:
             self._committing = False
+            for put in group:
+                put.wake()
         self._db.wrote(sum(len(put.parameters[2]) for put in group))

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -165,3 +166,54 @@ def test_a_fork_in_c_keeps_the_wal_that_the_child_writes(make_client: MakeClient
     (count,) = connection.execute("SELECT count(*) FROM event").fetchone()
     connection.close()
     assert count == 3
+
+
+LOCK_ALL = """
+import fcntl, sys
+with open(sys.argv[1], "r+b") as file:
+    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # from byte 0 to the end of all numbers
+"""
+
+
+@pytest.mark.timeout(300)
+def test_five_hundred_forks_under_load_lose_nothing_and_leave_no_lock(
+    make_client: MakeClient, receiver: Receiver, tmp_path: Path
+) -> None:
+    """Some children track, some of them fork again, and some end without a call."""
+    client = make_client(max_queue_size=0, upload_interval=0.01)
+    stop = threading.Event()
+    counts = [0, 0]
+
+    def work(n: int) -> None:
+        while not stop.wait(0.001):
+            if client.track(f"t{n}", str(counts[n]))[0]:
+                counts[n] += 1
+
+    def track_twice(name: str) -> None:
+        assert client.track("child", name)[0]
+        assert client.track("child", f"{name} again")[0]
+
+    def fork_again(name: str) -> None:
+        assert ended_well(in_child(lambda: track_twice(name)))
+
+    works = (track_twice, fork_again, lambda name: None)
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for number in range(500):
+            assert ended_well(in_child(partial(works[number % 3], str(number))))
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(20)
+    assert client.flush(60) is True
+    assert client.stats().balanced
+    assert client.shutdown(20) is True
+    for n in range(2):
+        mine = [event["event"] for event in receiver.unique if event["userId"] == f"t{n}"]
+        assert mine == [str(i) for i in range(counts[n])]
+    wanted = {f"{n}{again}" for n in range(500) if n % 3 != 2 for again in ("", " again")}
+    arrived = [event["event"] for event in receiver.unique if event["userId"] == "child"]
+    assert (len(arrived), set(arrived)) == (len(wanted), wanted)
+    subprocess.run([sys.executable, "-c", LOCK_ALL, str(tmp_path / "outbox" / "outbox.lock")], check=True, timeout=60)

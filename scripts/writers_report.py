@@ -1,0 +1,168 @@
+"""What `scripts/writers` does.  A writer is a process of its own: `writers_report.py ROLE FOLDER URL SECONDS`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from bench_table import machine, servers
+
+PROCESSES = 8
+RATE = 150  # events a second of each process, with delivery on
+THREADS = 16
+PROPERTIES = {"plan": "Enterprise", "price": 17.9, "currency": "EUR", "path": "/docs/segment/connections/sources"}
+
+
+def main() -> int:
+    if len(sys.argv) == 5 and sys.argv[1] in ROLES:
+        return play(sys.argv[1], sys.argv[2], sys.argv[3], float(sys.argv[4]))
+    parser = argparse.ArgumentParser(prog="scripts/writers", description="Report how writers share an outbox.")
+    parser.add_argument("--seconds", type=float, default=10, help="for each of the three parts (10)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args()
+    found: dict[str, Any] = {"date": str(date.today()), "machine": machine(), "seconds": options.seconds}
+    for part in (full_speed, with_delivery, groups):
+        if not options.json:
+            print(f"... {part.__doc__}", file=sys.stderr, flush=True)
+        found[part.__name__] = part(options.seconds)
+    print(json.dumps(found) if options.json else table(found))
+    return 0
+
+
+def full_speed(seconds: float) -> dict[str, float]:
+    """Eight processes at full speed, nothing delivering."""
+    results = run(["fast"] * PROCESSES, "", seconds)
+    rates = sorted(len(each["waits"]) / seconds for each in results)
+    waits = sorted(wait for each in results for wait in each["waits"])
+    return {
+        "refused": sum(each["refused"] for each in results),
+        "events_a_second": sum(rates),
+        "slowest_to_fastest": rates[0] / rates[-1],
+        **spread(waits),
+    }
+
+
+def with_delivery(seconds: float) -> dict[str, float]:
+    """Eight processes at 150 events a second each, with delivery on."""
+    with servers(True) as url:
+        results = run(["paced"] * PROCESSES, url, seconds)
+    waits = sorted(wait for each in results for wait in each["waits"])
+    return {
+        "refused": sum(each["refused"] for each in results),
+        "events_a_second": len(waits) / seconds,
+        **spread(waits),
+    }
+
+
+def groups(seconds: float) -> dict[str, float]:
+    """Threads that commit in groups, synchronous=FULL."""
+    (one,) = run(["one_thread"], "", seconds / 2)
+    (many,) = run(["threads"], "", seconds / 2)
+    rates = {"one_thread": len(one["waits"]) / (seconds / 2), "sixteen": len(many["waits"]) / (seconds / 2)}
+    return {**rates, "ratio": rates["sixteen"] / rates["one_thread"]}
+
+
+def spread(waits: list[float]) -> dict[str, float]:
+    """Milliseconds."""
+    return {
+        "p50_ms": waits[len(waits) // 2] * 1e3,
+        "p99_ms": waits[len(waits) * 99 // 100] * 1e3,
+        "p999_ms": waits[len(waits) * 999 // 1000] * 1e3,
+        "worst_ms": waits[-1] * 1e3,
+    }
+
+
+def run(roles: list[str], url: str, seconds: float) -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory(prefix="segment-durable-writers-") as folder:
+        writers = [
+            subprocess.Popen(
+                [sys.executable, str(Path(__file__).resolve()), role, folder, url, str(seconds)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for role in roles
+        ]
+        for writer in writers:
+            assert writer.stdout is not None
+            assert writer.stdout.readline() == "ready\n", "a writer ended early"
+        for writer in writers:  # all are up: begin
+            assert writer.stdin is not None
+            writer.stdin.write("go\n")
+            writer.stdin.flush()
+        return [json.loads(writer.communicate(timeout=seconds + 120)[0]) for writer in writers]
+
+
+def play(role: str, folder: str, url: str, seconds: float) -> int:
+    from segment_durable import Client
+
+    threads, rate, settings = ROLES[role]
+    host = url or "http://127.0.0.1:9"
+    client = Client("writers-key", host, outbox_dir=folder, max_queue_size=0, deliver=bool(url), **settings)
+    client.track("f4ca124298", "Signed Up", PROPERTIES)
+    print("ready", flush=True)
+    sys.stdin.readline()
+    waits: list[list[float]] = [[] for _ in range(threads)]
+    refused = [0] * threads
+    end = time.perf_counter() + seconds
+
+    def work(number: int) -> None:
+        due = time.perf_counter()
+        while (began := time.perf_counter()) < end:
+            if rate and began < due:
+                time.sleep(min(due - began, end - began))
+                continue
+            due += 1 / rate if rate else 0
+            began = time.perf_counter()
+            accepted, _ = client.track("f4ca124298", "Signed Up", PROPERTIES)
+            waits[number].append(time.perf_counter() - began)
+            refused[number] += not accepted
+
+    workers = [threading.Thread(target=work, args=(number,)) for number in range(threads)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    client.shutdown(30)
+    print(json.dumps({"waits": [wait for each in waits for wait in each], "refused": sum(refused)}))
+    return 0
+
+
+# threads, events a second of each (0: as fast as it goes), settings
+ROLES: dict[str, tuple[int, float, dict[str, Any]]] = {
+    "fast": (1, 0, {}),
+    "paced": (1, RATE, {}),
+    "one_thread": (1, 0, {"synchronous": "FULL"}),
+    "threads": (THREADS, 0, {"synchronous": "FULL"}),
+}
+
+
+def table(found: dict[str, Any]) -> str:
+    fast, paced, grouped = found["full_speed"], found["with_delivery"], found["groups"]
+    columns = "p50 {p50_ms:.2f}, p99 {p99_ms:.2f}, p99.9 {p999_ms:.2f}, worst {worst_ms:.0f} ms"
+    return "\n".join(
+        [
+            f"{found['date']}, {found['machine']}; {found['seconds']:g} s each",
+            "",
+            "| writers | events/s | a call | refused | |",
+            "|---|---|---|---|---|",
+            f"| eight processes at full speed | {fast['events_a_second']:,.0f} | {columns.format(**fast)} | "
+            f"{fast['refused']} | slowest {fast['slowest_to_fastest']:.2f} of the fastest |",
+            f"| eight processes, 150 events/s each, delivered | {paced['events_a_second']:,.0f} | "
+            f"{columns.format(**paced)} | {paced['refused']} | |",
+            f"| FULL, 16 threads | {grouped['sixteen']:,.0f} | | | "
+            f"{grouped['ratio']:.1f} times one thread's {grouped['one_thread']:,.0f} |",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
