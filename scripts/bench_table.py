@@ -18,6 +18,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 OURS, UPSTREAM = "ours", "upstream"
+NAMES = {UPSTREAM: "segment-analytics-python"}
+LIBRARIES = (UPSTREAM, "persist-queue", "litequeue")
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Row:
 
     title: str
     case: str
-    against: str  # a library, or a floor's case
+    against: str  # a library, or another case of ours
     unit: str
     more_is_better: bool
     receiver: bool = False
@@ -35,13 +37,27 @@ class Row:
 ROWS = [
     Row("track() alone, nothing delivering", "track", UPSTREAM, "us", False),
     Row("... against a bare one-row commit", "track", "floor_commit", "us", False),
+    Row("... against a row of a bare insert of 100", "track", "floor_insert_100", "us", False),
+    Row("... against orjson alone", "track", "floor_orjson", "us", False),
+    Row("... with 10,000 waiting", "track:10000", "track", "us", False),
+    Row("... with 1,000,000 waiting", "track:1000000", "track", "us", False),
     Row("track() alone, synchronous=FULL", "track_full", "floor_commit_full", "us", False),
+    Row("... by 16 threads", "full_threads:16", "full_threads:1", "events/s", True),
     Row("tracked and delivered, one caller", "end_to_end_1", UPSTREAM, "events/s", True, True),
     Row("tracked and delivered, eight threads", "end_to_end_8", UPSTREAM, "events/s", True, True),
-    Row("a backlog of 50,000 delivered", "backlog", UPSTREAM, "events/s", True, True),
+    Row("CPU for a million events, one caller", "cpu", UPSTREAM, "s", False, True),
+    Row("a backlog of 100,000 delivered", "backlog", UPSTREAM, "events/s", True, True),
     Row("... against bare posts of 100", "backlog", "floor_post", "events/s", True, True),
+    Row("put into the queue", "put", "persist-queue", "us", False),
+    Row("put into the queue", "put", "litequeue", "us", False),
+    Row("get and ack", "get_and_ack", "persist-queue", "us", False),
+    Row("get and ack", "get_and_ack", "litequeue", "us", False),
     Row("memory for each queued event", "memory", UPSTREAM, "bytes", False),
+    Row("bytes written for each byte of an event", "written", "floor_written", "bytes", False),
+    Row("an outbox with 1,000,000 events opened", "open:1000000", "open:0", "ms", False),
     Row("import", "import", UPSTREAM, "ms", False),
+    Row("from the import to the end of a first call", "start", UPSTREAM, "ms", False),
+    Row("a core while nothing is tracked", "idle", UPSTREAM, "%", False, True),
 ]
 
 
@@ -63,7 +79,12 @@ def main() -> int:
     parser.add_argument("rows", nargs="*", help="cases to run, such as track or end_to_end_1; all without any")
     parser.add_argument("--rounds", type=int, default=7, help="pairs of runs for each row (7)")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--plots", action="store_true", help="make the plots of docs/performance.md instead")
     options = parser.parse_args()
+    if options.plots:
+        import bench_plots
+
+        return bench_plots.main(options.rounds)
     rows = [row for row in ROWS if not options.rows or row.case in options.rows]
     if not rows:
         parser.error(f"there are {', '.join(sorted({row.case for row in ROWS}))}")
@@ -84,13 +105,13 @@ def measure(row: Row, rounds: int, label: str) -> Result:
         with servers(row.receiver) as url:
             mine = run(row.case, OURS, url)
         with servers(row.receiver) as url:
-            pair = (row.case, UPSTREAM) if row.against == UPSTREAM else (row.against, OURS)
+            pair = (row.case, row.against) if row.against in LIBRARIES else (row.against, OURS)
             theirs = run(*pair, url)
         ours.append(mine)
         other.append(theirs)
         ratios.append(mine / theirs if row.more_is_better else theirs / mine)
     progress(label, rounds, rounds)
-    against = "segment-analytics-python" if row.against == UPSTREAM else row.against
+    against = NAMES.get(row.against, row.against)
     medians = statistics.median(ours), statistics.median(other), statistics.median(ratios)
     return Result(row.title, row.unit, medians[0], medians[1], against, medians[2], min(ratios), max(ratios), rounds)
 
@@ -142,4 +163,4 @@ def show(results: list[Result], rounds: int) -> None:
 
 
 def number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"

@@ -17,13 +17,19 @@ from segment_durable.testing import Receiver
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--long", action="store_true", help="run the long forms of the crash, model and soak tests")
+    parser.addoption("--long", action="store_true", help="run the long forms of the crash and model tests")
+    parser.addoption("--soak", type=float, default=20.0, metavar="SECONDS", help="how long the soak test runs (20)")
 
 
 @pytest.fixture
 def long(request: pytest.FixtureRequest) -> bool:
     """Whether the long forms were asked for."""
     return bool(request.config.getoption("--long"))
+
+
+@pytest.fixture
+def soak_seconds(request: pytest.FixtureRequest) -> float:
+    return float(request.config.getoption("--soak"))
 
 
 @pytest.fixture(autouse=True)
