@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench_fill import fill
+
 CASE, LIBRARY, URL, FOLDER = sys.argv[1:]
 CASE, _, SIZE = CASE.partition(":")  # "track:1000000" is track with that backlog
 HOST = URL or "http://127.0.0.1:9"
@@ -46,19 +48,8 @@ def idle_client(**settings: Any) -> Any:
 def track() -> float:
     """Microseconds for a call, at default settings but for the limit, and with SIZE events waiting already."""
     if SIZE:
-        fill(int(SIZE))
+        fill(FOLDER, int(SIZE), MESSAGE, "bench-key")
     return per_call(idle_client(max_queue_size=int(SIZE or 0) + 10_000))
-
-
-def fill(count: int) -> None:
-    """An outbox with so many events, written in one transaction."""
-    idle_client().shutdown()
-    connection = sqlite3.connect(os.path.join(FOLDER, "outbox.db"), isolation_level=None)
-    connection.execute("BEGIN")
-    connection.executemany("INSERT INTO event VALUES (?, 1, ?)", ((number + 1, MESSAGE) for number in range(count)))
-    connection.execute("COMMIT")
-    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-    connection.close()
 
 
 def track_full() -> float:
@@ -208,7 +199,7 @@ def open_() -> float:
     from segment_durable.clock import SystemClock
     from segment_durable.outbox import Outbox
 
-    fill(int(SIZE))
+    fill(FOLDER, int(SIZE), MESSAGE, "bench-key")
     started = time.perf_counter()
     outbox = Outbox(Path(FOLDER), SystemClock())
     assert outbox.pending() == int(SIZE)

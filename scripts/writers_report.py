@@ -18,18 +18,20 @@ from bench_table import machine, servers
 PROCESSES = 8
 RATE = 150  # events a second of each process, with delivery on
 THREADS = 16
+BACKLOG = 1_000_000
+KEY = "writers-key"
 PROPERTIES = {"plan": "Enterprise", "price": 17.9, "currency": "EUR", "path": "/docs/segment/connections/sources"}
 
 
 def main() -> int:
-    if len(sys.argv) == 5 and sys.argv[1] in ROLES:
+    if len(sys.argv) == 5 and sys.argv[1] in (*ROLES, "backlog"):
         return play(sys.argv[1], sys.argv[2], sys.argv[3], float(sys.argv[4]))
     parser = argparse.ArgumentParser(prog="scripts/writers", description="Report how writers share an outbox.")
     parser.add_argument("--seconds", type=float, default=10, help="for each of the three parts (10)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args()
     found: dict[str, Any] = {"date": str(date.today()), "machine": machine(), "seconds": options.seconds}
-    for part in (full_speed, with_delivery, groups):
+    for part in (full_speed, with_delivery, groups, big_backlog):
         if not options.json:
             print(f"... {part.__doc__}", file=sys.stderr, flush=True)
         found[part.__name__] = part(options.seconds)
@@ -70,6 +72,16 @@ def groups(seconds: float) -> dict[str, float]:
     return {**rates, "ratio": rates["sixteen"] / rates["one_thread"]}
 
 
+def big_backlog(_: float) -> dict[str, float]:
+    """A backlog of 1,000,000 is delivered and its space given back, while a thread tracks 150 events a second."""
+    with servers(True) as url:
+        (result,) = run(["backlog"], url, 300)
+    return {
+        **{name: result[name] for name in ("delivered_in", "small_in", "mebibytes")},
+        **spread(sorted(result["waits"])),
+    }
+
+
 def spread(waits: list[float]) -> dict[str, float]:
     """Milliseconds."""
     return {
@@ -104,9 +116,11 @@ def run(roles: list[str], url: str, seconds: float) -> list[dict[str, Any]]:
 def play(role: str, folder: str, url: str, seconds: float) -> int:
     from segment_durable import Client
 
+    if role == "backlog":
+        return deliver_backlog(folder, url, seconds)
     threads, rate, settings = ROLES[role]
     host = url or "http://127.0.0.1:9"
-    client = Client("writers-key", host, outbox_dir=folder, max_queue_size=0, deliver=bool(url), **settings)
+    client = Client(KEY, host, outbox_dir=folder, max_queue_size=0, deliver=bool(url), **settings)
     client.track("f4ca124298", "Signed Up", PROPERTIES)
     print("ready", flush=True)
     sys.stdin.readline()
@@ -136,6 +150,39 @@ def play(role: str, folder: str, url: str, seconds: float) -> int:
     return 0
 
 
+def deliver_backlog(folder: str, url: str, seconds: float) -> int:
+    from bench_fill import fill
+
+    from segment_durable import Client
+
+    fill(folder, BACKLOG, b'{"type":"track","event":"e","userId":"u","messageId":"m","x":"' + b"x" * 360 + b'"}', KEY)
+    print("ready", flush=True)
+    sys.stdin.readline()
+    started = time.perf_counter()
+    client = Client(KEY, url, outbox_dir=folder, max_queue_size=0)
+    waits: list[float] = []
+    delivered_in = 0.0
+    while (elapsed := time.perf_counter() - started) < seconds:
+        began = time.perf_counter()
+        client.track("f4ca124298", "Signed Up", PROPERTIES)
+        waits.append(time.perf_counter() - began)
+        if len(waits) % 15 == 0:
+            stats = client.stats()
+            if stats.pending < RATE and not delivered_in:
+                delivered_in = elapsed
+            if delivered_in and stats.size_on_disk < 10 << 20:
+                break
+        time.sleep(1 / RATE)
+    found = {
+        "delivered_in": delivered_in,
+        "small_in": time.perf_counter() - started,
+        "mebibytes": client.stats().size_on_disk / (1 << 20),
+    }
+    client.shutdown(30)
+    print(json.dumps({"waits": waits, **found}))
+    return 0
+
+
 # threads, events a second of each (0: as fast as it goes), settings
 ROLES: dict[str, tuple[int, float, dict[str, Any]]] = {
     "fast": (1, 0, {}),
@@ -147,6 +194,7 @@ ROLES: dict[str, tuple[int, float, dict[str, Any]]] = {
 
 def table(found: dict[str, Any]) -> str:
     fast, paced, grouped = found["full_speed"], found["with_delivery"], found["groups"]
+    behind = found["big_backlog"]
     columns = "p50 {p50_ms:.2f}, p99 {p99_ms:.2f}, p99.9 {p999_ms:.2f}, worst {worst_ms:.0f} ms"
     return "\n".join(
         [
@@ -160,6 +208,8 @@ def table(found: dict[str, Any]) -> str:
             f"{columns.format(**paced)} | {paced['refused']} | |",
             f"| FULL, 16 threads | {grouped['sixteen']:,.0f} | | | "
             f"{grouped['ratio']:.1f} times one thread's {grouped['one_thread']:,.0f} |",
+            f"| one thread, 150 events/s, behind a backlog of 1,000,000 | | {columns.format(**behind)} | "
+            f"| delivered in {behind['delivered_in']:.0f} s, {behind['mebibytes']:.0f} MiB after {behind['small_in']:.0f} s |",
         ]
     )
 
