@@ -209,7 +209,8 @@ def table(found: dict[str, Any]) -> str:
             f"| FULL, 16 threads | {grouped['sixteen']:,.0f} | | | "
             f"{grouped['ratio']:.1f} times one thread's {grouped['one_thread']:,.0f} |",
             f"| one thread, 150 events/s, behind a backlog of 1,000,000 | | {columns.format(**behind)} | "
-            f"| delivered in {behind['delivered_in']:.0f} s, {behind['mebibytes']:.0f} MiB after {behind['small_in']:.0f} s |",
+            f"| delivered in {behind['delivered_in']:.0f} s, "
+            f"{behind['mebibytes']:.0f} MiB after {behind['small_in']:.0f} s |",
         ]
     )
 

@@ -232,7 +232,7 @@ class Delivery:
         if not buried:
             message = (
                 f"{self._config.max_dead_letters} dead letters are kept (max_dead_letters) and another event was "
-                "refused: delivery waits until some are requeued or erased"
+                "refused: delivery waits until some are removed (segment-durable requeue, segment-durable erase)"
             )
             after = replace(before, not_before=self._clock.boot() + _DEAD_LETTERS_FULL_WAIT, told=False, reported=True)
             full = Outcome(outcome.kind, outcome.status, "dead_letters_full", message)

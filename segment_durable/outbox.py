@@ -9,7 +9,9 @@
     leased     bury                            dead
     leased     release, or the lease's death   pending
     pending    expire                          gone, expired
+    pending    erase                           gone, erased
     dead       requeue                         pending, under a new id
+    dead       erase_dead                      gone, erased
 
 A lease is one row that covers a range of ids, so an event is "leased" by where its id lies and leasing writes O(1).
 Every ack, release and bury names the lease's token in the same transaction; a token that is not there any more means
@@ -38,6 +40,7 @@ from segment_durable.views import LEASES, TOTALS, read_backoff, read_stats
 __all__ = ["Outbox"]
 
 _NO_LIMIT = 1 << 62
+_ERASED_AT_ONCE = 5_000  # events in one transaction
 _BUSY_LOOK = 0.5  # seconds after which a sender looks again at leases of others
 # Seconds for which a sender lets calls of this process go before it.  A thread that waits for a lock has to be woken
 # each time that it is given back, and beside a busy caller that costs both more than the work that it waits with.
@@ -260,6 +263,24 @@ class Outbox:
                 )
         return [row.body for row in expired]
 
+    def erase(self, ids: Sequence[int] | None = None) -> int:
+        """Remove pending events, all that are there now or those with these ids, for good; how many.
+
+        What is on its way stays: it may have arrived already.
+        """
+        if ids is not None:
+            return self._erase([(each, each) for each in ids])
+        erased, after, end = 0, 0, self.last_id()
+        while after < end:  # in portions: other writers are let in between
+            with self.db.read() as connection:
+                query = "SELECT max(id) FROM (SELECT id FROM event WHERE id BETWEEN ? AND ? ORDER BY id LIMIT ?)"
+                (last,) = connection.execute(query, (after + 1, end, _ERASED_AT_ONCE)).fetchone()
+            if last is None:
+                break
+            erased += self._erase([(after + 1, last)])
+            after = last
+        return erased
+
     # -- dead letters
 
     def dead_letters(self, limit: int = -1) -> list[DeadLetter]:
@@ -295,6 +316,16 @@ class Outbox:
         self.db.wrote(size)
         return moved
 
+    def erase_dead(self, ids: Sequence[int] | None = None) -> int:
+        """Remove dead letters, all or those with these ids, for good; how many."""
+        with self.db.write() as connection:
+            if ids is None:
+                erased = connection.execute("DELETE FROM dead").rowcount
+            else:
+                erased = sum(connection.execute("DELETE FROM dead WHERE id = ?", (each,)).rowcount for each in ids)
+            connection.execute("UPDATE state SET dead_erased = dead_erased + ?", (erased,))
+        return erased
+
     # -- what is there
 
     def last_id(self, timeout: float = WRITE_TIMEOUT) -> int:
@@ -324,6 +355,20 @@ class Outbox:
             return read_stats(connection, self._clock, self.db.size_on_disk(), self._is_dead)
 
     # -- inside
+
+    def _erase(self, spans: Sequence[tuple[int, int]]) -> int:
+        erased = highest = 0
+        with self.db.write() as connection:
+            living, _ = self._sort_leases(connection, self._clock.boot())
+            for first, last in spans:
+                for low, high in _between(living, first, last):
+                    (top,) = connection.execute(
+                        "SELECT max(id) FROM event WHERE id BETWEEN ? AND ?", (low, high)
+                    ).fetchone()
+                    highest = max(highest, top or 0)
+                    erased += connection.execute("DELETE FROM event WHERE id BETWEEN ? AND ?", (low, high)).rowcount
+            connection.execute("UPDATE state SET erased = erased + ?, last_id = max(last_id, ?)", (erased, highest))
+        return erased
 
     def _claim(self, write_key: str) -> None:
         """Mark a new outbox as this source's; raise `SourceMismatch` if it is another's."""
@@ -449,6 +494,16 @@ def _first_free(connection: sqlite3.Connection, living: Sequence[Any], limit: in
             return low, high
         start = last + 1
     return None
+
+
+def _between(living: Sequence[Any], first: int, last: int) -> list[tuple[int, int]]:
+    """The parts of the range of ids from `first` to `last` that no living lease covers."""
+    parts = []
+    for low, high, *_ in [*living, (last + 1, last + 1)]:
+        if first < low and first <= last:
+            parts.append((first, min(low - 1, last)))
+        first = max(first, high + 1)
+    return parts
 
 
 def _digest(salt: str, write_key: str) -> str:

@@ -938,3 +938,71 @@ def test_the_documentation_has_every_command_and_option() -> None:
         # A table row for each option, and no row for an option that is not there.
         assert set(re.findall(r"^\| `(--?[\w-]+)", sections[name], re.MULTILINE)) == options, name
         assert f"$ segment-durable {name}" in sections[name]
+
+
+# -- requeue and erase
+
+
+def dead_letters_of(folder: Path, count: int, pending: int = 0) -> None:
+    box = Outbox(folder, SystemClock())
+    fill(box, count + pending)
+    lease = take(box, count)
+    for number in range(1, count + 1):
+        box.bury(lease, number, status=400, code="bad", answer="no", max_dead=99)
+    close(box)
+
+
+def after(folder: Path) -> tuple[int, int, int, bool]:
+    box = Outbox(folder, SystemClock())
+    stats = box.stats()
+    close(box)
+    return stats.pending, stats.dead, stats.erased, stats.balanced
+
+
+def test_requeue_gives_dead_letters_another_chance(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dead_letters_of(tmp_path, 3)
+    assert main(["requeue", str(tmp_path), "--id", "1", "--id", "3"]) == 0
+    assert capsys.readouterr().out == "2 events requeued\n"
+    assert after(tmp_path) == (2, 1, 0, True)
+    assert main(["requeue", "--all", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == "1 event requeued\n"
+    assert after(tmp_path) == (3, 0, 0, True)
+    assert main(["requeue", str(tmp_path), "--id", "1"]) == 1
+    assert "not all" in capsys.readouterr().err
+
+
+def test_erase_asks_for_a_yes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dead_letters_of(tmp_path, 2, pending=3)
+    for state, there in (("dead", "2 events"), ("pending", "3 events")):
+        assert main(["erase", str(tmp_path), "--state", state, "--all"]) == 1
+        said = capsys.readouterr()
+        assert (said.out, there in said.err, "--yes" in said.err) == ("", True, True)
+    assert after(tmp_path) == (3, 2, 0, True)
+    assert main(["erase", str(tmp_path), "--state", "dead", "--all", "--yes"]) == 0
+    assert main(["erase", str(tmp_path), "--state", "pending", "--id", "4", "--yes"]) == 0
+    assert capsys.readouterr().out == "2 events erased\n1 event erased\n"
+    assert after(tmp_path) == (2, 0, 3, True)
+
+
+def test_erase_leaves_what_a_running_process_has_on_its_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    box = Outbox(tmp_path, SystemClock())
+    fill(box, 5)
+    lease = take(box, 2)
+    # In a process of its own: in this one the lease would be this one's.
+    command = [sys.executable, str(SCRIPT), "erase", str(tmp_path), "--state", "pending", "--all", "--yes"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "3 events erased, 2 on their way stay\n")
+    assert box.ack(lease, 2) == 2
+    assert box.stats().balanced
+    close(box)
+
+
+@pytest.mark.parametrize("command", [["requeue", "--all"], ["erase", "--state", "dead", "--all", "--yes"]])
+def test_what_changes_an_outbox_makes_none(
+    tmp_path: Path, command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command, str(tmp_path)]) == 2
+    assert "no outbox is here" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    assert main([command[0], str(tmp_path)]) == 2
+    assert "--" in capsys.readouterr().err

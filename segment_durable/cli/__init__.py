@@ -14,7 +14,7 @@ import sqlite3
 import sys
 from collections.abc import Sequence
 
-from segment_durable.cli import inspection
+from segment_durable.cli import changes, inspection
 from segment_durable.cli.arguments import PROGRAM, CommandParser, Program, UsageError
 from segment_durable.cli.format import harmless
 from segment_durable.clock import SystemClock
@@ -23,11 +23,11 @@ from segment_durable.version import VERSION
 
 __all__ = ["build_parser", "main"]
 
-_GROUPS = (inspection,)
+_GROUPS = (inspection, changes)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = Program(prog=PROGRAM, description="Look into the outbox of a program that uses segment_durable.")
+    parser = Program(prog=PROGRAM, description="Look after the outbox of a program that uses segment_durable.")
     parser.add_argument("--version", action="version", version=VERSION)
     commands = parser.add_subparsers(
         dest="command", metavar="COMMAND", title="commands", required=True, parser_class=CommandParser

@@ -45,6 +45,7 @@ class Model:
     accepted: list[bytes] = field(default_factory=list)
     delivered: list[bytes] = field(default_factory=list)
     expired: list[bytes] = field(default_factory=list)
+    erased: list[bytes] = field(default_factory=list)
     backoff: Backoff = field(default_factory=Backoff)
     last_id: int = 0
 
@@ -148,6 +149,21 @@ class Model:
         self.expired += gone
         return gone
 
+    def erase(self, now: float, ids: Sequence[int] | None) -> int:
+        held = [each for each in self.leases if each.is_alive(now)]
+        gone = [
+            each
+            for each in (list(self.events) if ids is None else dict.fromkeys(ids))
+            if each in self.events and not any(one.first <= each <= one.last for one in held)
+        ]
+        self.erased += [self.events.pop(each)[1] for each in gone]
+        return len(gone)
+
+    def erase_dead(self, ids: Sequence[int] | None) -> int:
+        gone = [each for each in (list(self.dead) if ids is None else dict.fromkeys(ids)) if each in self.dead]
+        self.erased += [self.dead.pop(each)[1] for each in gone]
+        return len(gone)
+
     def _end_backoff(self, now: float) -> None:
         """A wait that the receiver has asked for meanwhile, in an answer to another sender, holds nevertheless."""
         if not (self.backoff.told and self.backoff.not_before > now):
@@ -168,4 +184,4 @@ class Model:
     def everything(self) -> list[bytes]:
         """Every event that is anywhere: what was accepted must be here once."""
         kept = [body for rows in (self.events, self.dead) for _, body in rows.values()]
-        return sorted(kept + self.delivered + self.expired)
+        return sorted(kept + self.delivered + self.expired + self.erased)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
+
 from segment_durable.outbox import Outbox
 from segment_durable.records import DeadLetter, Lease, Row
 from segment_durable.testing.clock import FakeClock
@@ -126,3 +128,56 @@ def test_two_processes_that_requeue_at_the_same_time_move_each_letter_once(
         worker.send("requeue")
     assert sum(worker.receive() for worker in workers) == 40
     assert len({row.body for row in outbox.rows(0, 999)}) == outbox.pending() == 40
+
+
+# -- erased by a person
+
+
+def test_what_is_erased_is_gone_and_in_the_books(outbox: Outbox) -> None:
+    lease = leased(outbox, 3)
+    bury(outbox, lease, 1)
+    bury(outbox, lease, 2)
+    assert outbox.erase_dead([2, 7]) == 1
+    assert [letter.id for letter in outbox.dead_letters()] == [1]
+    assert outbox.erase_dead() == 1
+    outbox.release(lease)
+    assert outbox.erase() == 1
+    stats = outbox.stats()
+    assert (stats.accepted, stats.erased, stats.pending, stats.dead, stats.balanced) == (3, 3, 0, 0, True)
+    assert outbox.put(b"x", 1)
+    assert [row.id for row in outbox.rows(0, 99)] == [4], "ids are not used again"
+
+
+def test_what_is_on_its_way_is_not_erased(outbox: Outbox) -> None:
+    for number in range(1, 11):
+        outbox.put(b"%d" % number, 1)
+    lease = outbox.lease(4, 60)
+    assert isinstance(lease, Lease)
+    assert outbox.erase([4, 5]) == 1
+    assert outbox.erase() == 5
+    assert [row.id for row in outbox.rows(0, 99)] == [1, 2, 3, 4]
+    assert outbox.ack(lease, 4) == 4
+    assert outbox.stats().balanced
+
+
+def test_a_large_backlog_is_erased_in_portions(outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("segment_durable.outbox._ERASED_AT_ONCE", 4)
+    for number in range(1, 11):
+        outbox.put(b"%d" % number, 1)
+    lease = outbox.lease(2, 60)
+    assert isinstance(lease, Lease)
+    assert outbox.erase() == 8
+    assert outbox.stats().pending == 2
+
+
+def test_an_erased_gap_is_no_hindrance_to_delivery(outbox: Outbox) -> None:
+    for number in range(1, 8):
+        outbox.put(b"%d" % number, 1)
+    assert outbox.erase([3, 4, 7]) == 3
+    lease = outbox.lease(5, 60)
+    assert isinstance(lease, Lease)
+    assert (lease.first, lease.last) == (1, 5)
+    assert outbox.joined(1, 5, 9) == (3, 1, 5, b"1,2,5")
+    assert outbox.ack(lease, 5) == 3
+    assert outbox.pending() == 1
+    assert outbox.stats().balanced

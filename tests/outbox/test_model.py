@@ -41,7 +41,7 @@ waits = st.sampled_from([1.0, 30.0, 60.0, 290.0])  # retries ask for no longer o
 
 OFTEN = ["put", "lease", "use_a_lease"]
 SOMETIMES = ["use_a_stale_lease", "time_passes", "expire", "requeue_all", "requeue_some", "there_dies"]
-SELDOM = ["the_wall_clock_jumps", "the_machine_restarts", "here_is_closed_and_opened", "upkeep"]
+SELDOM = ["erase", "the_wall_clock_jumps", "the_machine_restarts", "here_is_closed_and_opened", "upkeep"]
 ACTIONS = [*OFTEN * 8, *SOMETIMES * 2, *SELDOM]
 
 
@@ -198,6 +198,14 @@ class OutboxMachine(RuleBasedStateMachine):
         ids += data.draw(st.lists(st.sampled_from(sorted(self.model.dead) or [0]), max_size=3))
         assert self.call(data.draw(senders), "requeue", ids) == self.model.requeue(ids)
 
+    def erase(self, data: st.DataObject) -> None:
+        """An operator's command, of all or of some, also of events that are not there."""
+        some = data.draw(st.none() | st.lists(st.integers(0, self.model.last_id + 1), max_size=3, unique=True))
+        if data.draw(st.booleans()):
+            assert self.call(data.draw(senders), "erase", some) == self.model.erase(self.clock.boot(), some)
+        else:
+            assert self.call(data.draw(senders), "erase_dead", some) == self.model.erase_dead(some)
+
     # -- time
 
     def time_passes(self, data: st.DataObject) -> None:
@@ -284,7 +292,7 @@ class OutboxMachine(RuleBasedStateMachine):
         assert stats.balanced, stats
         assert (stats.pending, stats.leased, stats.dead) == (len(model.events), model.leased(now), len(model.dead))
         assert (stats.accepted, stats.delivered) == (len(model.accepted), len(model.delivered))
-        assert (stats.erased, stats.expired) == (0, len(model.expired))
+        assert (stats.erased, stats.expired) == (len(model.erased), len(model.expired))
         assert stats.failures == model.backoff.failures
         assert stats.next_attempt_seconds == pytest.approx(max(0.0, model.backoff.not_before - now))
         assert stats.last_error == model.backoff.last_error
