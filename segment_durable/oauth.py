@@ -164,7 +164,7 @@ def _private_key(source: str | bytes | os.PathLike[str] | None) -> RSAPrivateKey
         except (OSError, ValueError, RuntimeError):  # RuntimeError: "~name" of nobody
             raise ConfigError(name, "must be a private key in PEM form, or the path of a file that holds one") from None
     try:
-        key = load_pem_private_key(pem, password=None)
+        key = load_pem_private_key(pem.strip(), password=None)  # older versions read no blanks before the first line
     except TypeError:
         raise ConfigError(name, "is encrypted with a passphrase: give it without one") from None
     except Exception:  # the parser's own words may hold parts of the key

@@ -21,7 +21,7 @@ _LOOK = 0.5  # seconds between looks at the outbox when idle: for the events of 
 _TROUBLE_WAIT = 1.0  # seconds after an error of the outbox
 _FLUSH_LOOK = 0.05  # seconds between looks in `flush`, for what other processes deliver
 _BUSY = 10.0  # seconds to wait for other threads at the outbox, where the caller named none
-_GLANCE = 0.02  # seconds for the last look at the outbox when the time is over: another thread may be looking
+_GLANCE = 0.02  # seconds for a look at the outbox where there is no time: another thread may be looking just then
 _NEVER = 1 << 62
 
 
@@ -84,7 +84,7 @@ class Sender:
         Raises `OutboxError` if the outbox can't be read.
         """
         end = None if timeout is None else self._clock.boot() + timeout
-        target = self._outbox.last_id(_BUSY if timeout is None else timeout)
+        target = self._outbox.last_id(_BUSY if timeout is None else max(_GLANCE, timeout))
         failures = self.last_failure[0]
         if self._has_left(target, end):
             return True

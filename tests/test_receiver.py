@@ -976,3 +976,10 @@ def test_the_plugin_gives_a_started_receiver(tmp_path: Path) -> None:
         text=True,
     )
     assert "1 passed" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_receiver_that_is_healed_answers_as_always(receiver: Receiver) -> None:
+    receiver.script(Answer(503), Hang())
+    receiver.heal()
+    assert post(receiver)[0] == 200
+    assert len(receiver.unique) == 1

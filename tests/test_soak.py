@@ -164,8 +164,8 @@ def test_processes_come_go_fork_and_die_and_nothing_is_lost_nor_grows(tmp_path: 
         finally:
             for worker in [resident, *workers]:
                 worker.stop()
-        receiver.release()
-        for _ in range(20):  # what is left of the receiver's faults
+        receiver.heal()
+        for _ in range(20):  # what is left of a wait that the receiver asked for
             with Client("test-key", receiver.url, outbox_dir=folder) as client:
                 flushed = client.flush(10)
                 stats = client.stats()

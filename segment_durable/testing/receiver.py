@@ -176,6 +176,13 @@ class Receiver:
                 raise TypeError("a token request has no events to refuse")
         self._inbox.extend(self._judge.token_script, faults)
 
+    def heal(self) -> None:
+        """Forget what is left of the scripts and end all waits: from now on the answers are what `always` says."""
+        with self._inbox.condition:
+            self._judge.batch_script.queue.clear()
+            self._judge.token_script.queue.clear()
+        self._inbox.release()
+
     def release(self) -> None:
         """End the waits (`Hang`, `Delay`) of all requests that have arrived; later requests wait again."""
         self._inbox.release()

@@ -230,9 +230,9 @@ def test_nothing_is_lost_and_nothing_invented_whatever_is_killed_and_whatever_is
             for place in range(PROCESSES):
                 lives.end(place)
             diary.close()
-        receiver.release()
-        for _ in range(20):  # what is left of the scripts, and then the sky is clear
-            if heal(settings):
+        receiver.heal()
+        for _ in range(20):  # what is left of a wait that the receiver asked for
+            if go_on(settings):
                 break
         judge(diary, receiver, outbox)
         with Client(**{**settings, "timeout": 5}) as client:
@@ -247,7 +247,7 @@ def test_nothing_is_lost_and_nothing_invented_whatever_is_killed_and_whatever_is
         assert not receiver.errors
 
 
-def heal(settings: dict[str, Any]) -> bool:
+def go_on(settings: dict[str, Any]) -> bool:
     """One process as after a deploy; its flush goes before the end of a backoff, but not of a Retry-After."""
     with Client(**{**settings, "timeout": 5}) as client:
         return client.flush(5.0)
