@@ -38,7 +38,10 @@ def needs(*modules: str, programs: tuple[str, ...] = ()) -> None:
 
 
 def program(name: str) -> str | None:
-    """Where that program is: beside this Python first."""
+    """Where that program is: beside this Python first, unless SEGMENT_DURABLE_UWSGI (say) names another."""
+    other = os.environ.get(f"SEGMENT_DURABLE_{name.upper().replace('-', '_')}")
+    if other:
+        return other
     return shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}")
 
 
