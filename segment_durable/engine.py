@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import random
-import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -26,6 +25,7 @@ from segment_durable.limiter import Limiter
 from segment_durable.locks import abandon_inherited
 from segment_durable.outbox import Outbox
 from segment_durable.sender import Sender
+from segment_durable.threads import PatientLock
 from segment_durable.transport import RequestsTransport, Transport
 from segment_durable.upkeep import Upkeep
 from segment_durable.upload import Uploader
@@ -204,7 +204,7 @@ def _tokens(config: Config, clock: Clock) -> Tokens | None:
 
 # -- the process
 
-_lock = threading.Lock()
+_lock = PatientLock()
 _engines: dict[str, Engine] = {}
 _pid = os.getpid()
 _suspended: list[Engine] = []
@@ -275,7 +275,7 @@ def _start_anew(*, hooked: bool) -> None:
         except OSError as problem:
             log.error("this process was forked while the outbox was in use, and can't lock it: %s", problem)
     _inherited.append((lock_files, _engines))
-    _engines, _lock, _pid = {}, threading.Lock(), os.getpid()
+    _engines, _lock, _pid = {}, PatientLock(), os.getpid()
     _suspended.clear()
 
 

@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from segment_durable.errors import OutboxBusy, OutboxUnavailable, StorageError
+from segment_durable.threads import PatientLock
 
 __all__ = ["LockFile", "abandon_inherited"]
 
@@ -75,7 +76,7 @@ def _try_lock(fd: int, byte: int) -> bool:
 class LockFile:
     """The lock file at `path`, shared by everything in this process that opens it; `close()` gives up one share."""
 
-    _registry_lock = threading.Lock()
+    _registry_lock = PatientLock()
     _registry: dict[tuple[int, int], LockFile] = {}
 
     def __init__(self, fd: int) -> None:
@@ -221,5 +222,5 @@ def abandon_inherited() -> list[LockFile]:
     """
     inherited = list(LockFile._registry.values())
     LockFile._registry = {}
-    LockFile._registry_lock = threading.Lock()
+    LockFile._registry_lock = PatientLock()
     return inherited

@@ -12,6 +12,7 @@ from segment_durable.delivery import Delivery, Step
 from segment_durable.errors import OutboxError
 from segment_durable.limiter import Limiter
 from segment_durable.outbox import Outbox
+from segment_durable.threads import start_thread
 
 __all__ = ["Sender"]
 
@@ -69,9 +70,7 @@ class Sender:
             living = [worker for worker in self._workers if worker.is_alive() and not worker.stopping]
             for _ in range(self._config.thread - len(living)):
                 worker = _Worker(self, self._outbox, self._config, self._clock, self._make_delivery)
-                try:
-                    worker.start()
-                except RuntimeError:  # from Python 3.12 on, while the interpreter exits; or no more threads
+                if not worker.start():
                     break
                 living.append(worker)
             self._workers = living
@@ -88,7 +87,7 @@ class Sender:
         failures = self.last_failure[0]
         if self._has_left(target, end):
             return True
-        if threading.current_thread() in self._workers:
+        if any(worker.is_current() for worker in self._workers):
             return False  # a callback: its thread is the one that would have to deliver
         if not self.start():
             return self.drain(target, end)
@@ -179,7 +178,7 @@ class Sender:
         for worker in workers:
             worker.stop(ending.one_ended)
         for worker in workers:
-            if worker is not threading.current_thread():
+            if not worker.is_current():
                 worker.join(max(0.0, end - self._clock.boot()))
         if not workers:
             then()
@@ -212,8 +211,12 @@ class _Ending:
             self._then()
 
 
-class _Worker(threading.Thread):
-    """One sender thread, with its own delivery and so its own connections."""
+class _Worker:
+    """One sender thread, with its own delivery and so its own connections.
+
+    It has a thread and is none: gevent's patching replaces the class `threading.Thread`, and of a subclass made before
+    that nobody would learn that it has ended.
+    """
 
     def __init__(
         self,
@@ -223,14 +226,13 @@ class _Worker(threading.Thread):
         clock: Clock,
         make_delivery: Callable[[], Delivery],
     ) -> None:
-        # A daemon: it must not keep the interpreter from exiting while it waits for the network.
-        super().__init__(name="segment-durable-sender", daemon=True)
         self._sender = sender
         self._outbox = outbox
         self._config = config
         self._clock = clock
         self._make_delivery = make_delivery
         self._delivery: Delivery | None = None
+        self._thread: threading.Thread | None = None
         self.event = threading.Event()
         self.appended = 0
         self.wake_at = 1  # events appended that wake the thread
@@ -241,6 +243,22 @@ class _Worker(threading.Thread):
         self._end_lock = threading.Lock()
         self._ended = False
         self.stopping = False
+
+    def start(self) -> bool:
+        """Whether a thread could be started."""
+        thread = start_thread(self._run, "segment-durable-sender")
+        self._thread = self._thread or thread
+        return thread is not None
+
+    def is_alive(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def is_current(self) -> bool:
+        return self._thread is threading.current_thread()
+
+    def join(self, timeout: float) -> None:
+        if self._thread is not None:
+            self._thread.join(timeout)
 
     def hurry_to(self, target: int) -> None:
         self._flush_to.append(target)
@@ -260,7 +278,8 @@ class _Worker(threading.Thread):
         if ended:
             then()
 
-    def run(self) -> None:
+    def _run(self) -> None:
+        self._thread = threading.current_thread()
         try:
             while not self.stopping:
                 self._arm(1)

@@ -13,6 +13,7 @@ from segment_durable.clock import Clock
 from segment_durable.db import Database
 from segment_durable.errors import OutboxError
 from segment_durable.limiter import Limiter
+from segment_durable.threads import start_thread
 
 __all__ = ["Upkeep"]
 
@@ -63,14 +64,10 @@ class Upkeep:
         with self._start_lock:
             if self._thread is not None or self._ending.is_set():
                 return
-            thread = threading.Thread(target=self._run, name="segment-durable-upkeep", daemon=True)
-            try:
-                thread.start()
-            except RuntimeError:  # the interpreter exits and starts no more threads
+            self._thread = start_thread(self._run, "segment-durable-upkeep")
+            if self._thread is None:
                 self._sync()
                 self._written.clear()
-                return
-            self._thread = thread
 
     def _run(self) -> None:
         while not self._ending.is_set():

@@ -1,0 +1,61 @@
+"""gunicorn: each kind of worker, the app loaded before the fork and after it, workers that end in every way."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import pytest
+
+from .running import Books, Load, Server, killing, needs
+
+Launch = Callable[..., Server]
+KINDS = {
+    "sync": ["--worker-class", "sync"],
+    "gthread": ["--worker-class", "gthread", "--threads", "4"],
+    "gevent": ["--worker-class", "gevent"],
+}
+
+
+def start(launch: Launch, kind: str, *options: str, **environment: str) -> Server:
+    needs("gunicorn", *(["gevent"] if kind == "gevent" else []))
+    command = [sys.executable, "-m", "gunicorn", "--bind", "127.0.0.1:0", "--workers", "2", "--no-control-socket"]
+    server = launch([*command, *KINDS[kind], *options, "wsgi:application"], **environment)
+    server.wait_until_up()
+    return server
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("at_import", ["nothing", "client", "track"])
+def test_a_clean_life(launch: Launch, books: Books, kind: str, at_import: str) -> None:
+    """`nothing`: each worker loads the app.  Else the master does, and has a client, or its running threads."""
+    options = [] if at_import == "nothing" else ["--preload"]
+    server = start(launch, kind, *options, EVENTS_AT_IMPORT=at_import)
+    load = Load(server)
+    load.run(200, threads=8)
+    assert load.refused == load.unanswered == 0
+    server.end()
+    books.check(load.acknowledged)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("preload", [[], ["--preload"]], ids=["alone", "preload"])
+def test_a_worker_killed_under_load(launch: Launch, books: Books, kind: str, preload: list[str]) -> None:
+    server = start(launch, kind, *preload, EVENTS_AT_IMPORT="track" if preload else "")
+    load = Load(server)
+    load.run(200, threads=8, halfway=killing)
+    assert load.refused == 0
+    books.wait_until_all_arrived(load.acknowledged)
+    server.end()
+    books.check(load.acknowledged, killed=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_workers_that_are_recycled(launch: Launch, books: Books, kind: str) -> None:
+    server = start(launch, kind, "--preload", "--max-requests", "25", EVENTS_AT_IMPORT="client")
+    load = Load(server)
+    load.run(150)
+    assert load.refused == 0
+    assert len(set(load.pids)) >= 4
+    server.end()
+    books.check(load.acknowledged)

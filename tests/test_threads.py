@@ -1,0 +1,70 @@
+"""Where no thread can run, everything is done without one, and the setting that mends it is named."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable
+from types import ModuleType
+
+import pytest
+
+from segment_durable import Client, threads
+from segment_durable.testing import Receiver
+
+MakeClient = Callable[..., Client]
+
+
+@pytest.fixture
+def uwsgi(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """What uWSGI shows of itself to a worker that runs threads."""
+    module = ModuleType("uwsgi")
+    module.has_threads = 1  # type: ignore[attr-defined]
+    module.masterpid = os.getppid  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "uwsgi", module)
+    monkeypatch.setattr(threads, "_told", False)
+    return module
+
+
+def ours() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("segment-durable")]
+
+
+def test_a_worker_that_runs_threads_is_like_any_process(
+    make_client: MakeClient, receiver: Receiver, uwsgi: ModuleType, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_client().track("u", "e")
+    assert receiver.wait_for(1)
+    assert caplog.records == []
+
+
+def test_without_threads_the_setting_is_named_once_and_a_flush_delivers(
+    make_client: MakeClient, receiver: Receiver, uwsgi: ModuleType, caplog: pytest.LogCaptureFixture
+) -> None:
+    uwsgi.has_threads = 0
+    client = make_client()
+    for n in range(5):
+        assert client.track("u", str(n))[0]
+    assert ours() == []
+    assert receiver.unique == []
+    said = [(record.name, record.levelno) for record in caplog.records]
+    assert said == [("segment.durable", logging.WARNING)]
+    assert "enable-threads = true" in caplog.text
+    assert client.flush(20) is True
+    assert [event["event"] for event in receiver.unique] == [str(n) for n in range(5)]
+
+
+def test_in_the_master_no_thread_starts(
+    make_client: MakeClient, receiver: Receiver, uwsgi: ModuleType, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It would stand still once the app is loaded, and could do so with the outbox locked."""
+    uwsgi.masterpid = os.getpid
+    client = make_client()
+    assert client.track("u", "e")[0]
+    assert ours() == []
+    assert caplog.records == []
+    uwsgi.masterpid = os.getppid  # forked
+    assert client.track("u", "e")[0]
+    assert receiver.wait_for(2)
