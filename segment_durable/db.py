@@ -44,6 +44,7 @@ LOOK_BYTES = 512 << 10
 FRAME_HEADER_BYTES = 24
 LOOK_SECONDS = 0.25  # between two attempts to get out of trouble
 _GIVE_BACK_PAGES = 256
+_SPARE_PAGES = 32  # of the largest file that the process may write: not for puts
 WRITE_TIMEOUT = 5.0  # seconds that a write waits for other writers
 
 
@@ -254,6 +255,7 @@ class Database:
                 if connection.in_transaction:
                     return False
                 self.reserve.free()
+                self._limit_pages(connection, 0)
                 with contextlib.suppress(OutboxError):
                     self.checkpoint(truncate=True)
         except OutboxError:
@@ -275,6 +277,7 @@ class Database:
             if self.wal_bytes() > WAL_LIMIT_BYTES:
                 self._trouble = _held_by_reader()
             elif self.reserve.make() and not self.reserve.is_needed():
+                self._limit_pages(connection, _SPARE_PAGES)
                 self._trouble = None
         return self._trouble is None
 
@@ -335,7 +338,7 @@ class Database:
         """
         self._unseen_bytes = 0
         size = self.wal_bytes()
-        due = min(CHECKPOINT_BYTES, max(self.reserve.size // 2, self.reserve.room() // 4))
+        due = min(CHECKPOINT_BYTES, max(self.reserve.size // 8, self.reserve.room() // 4))
         self._scarce = due < CHECKPOINT_BYTES
         self._look_after = min(LOOK_BYTES, due // 4)
         if size <= due:
@@ -362,6 +365,12 @@ class Database:
     def _refuse(self, why: StorageError) -> None:
         self._trouble = why
         self.on_written()
+
+    def _limit_pages(self, connection: sqlite3.Connection, spare: int) -> None:
+        """Where files may not grow beyond a size: a database of more could never take in its WAL."""
+        pages = self.reserve.file_limit // PAGE_SIZE
+        if pages < 1 << 31:
+            connection.execute(f"PRAGMA max_page_count={max(pages - spare, 1)}")
 
     def _shrink(self, pages: int) -> int:
         """Give up to `pages` free pages back; how many there were."""
@@ -402,6 +411,7 @@ class Database:
                 if not self.reserve.free():  # opening takes space as well
                     raise
                 connection = connect(self.path, full=self._full)
+            self._limit_pages(connection, _SPARE_PAGES)
             self._connection = connection
             if not self.reserve.make():
                 self._refuse(_full())

@@ -26,14 +26,14 @@ class Reserve:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._path = folder / RESERVE_NAME
-        self._file_limit = _file_limit()
+        self.file_limit = _file_limit()  # bytes
         self._size = 0
 
     @property
     def size(self) -> int:
         """Bytes: the same for all processes of the filesystem, however much of it is free."""
         if not self._size:
-            self._size = min(RESERVE_BYTES, min(_disk(self._folder)[0], self._file_limit) // _SHARE)
+            self._size = min(RESERVE_BYTES, min(_disk(self._folder)[0], self.file_limit) // _SHARE)
         return self._size
 
     @property
@@ -43,7 +43,7 @@ class Reserve:
 
     def room(self) -> int:
         """How many bytes can be written: what the disk has left, or the largest file if that is less."""
-        return min(_disk(self._folder)[1], self._file_limit)
+        return min(_disk(self._folder)[1], self.file_limit)
 
     def exists(self) -> bool:
         return os.path.exists(self._path)
