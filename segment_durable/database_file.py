@@ -49,12 +49,10 @@ def connect(path: Path, *, full: bool) -> sqlite3.Connection:
 
     To be called under the writer lock.  Raises `OutboxUnavailable`, `NotAnOutbox`, `sqlite3.Error` or `OSError`.
     """
-    is_new = _create_private(path)
-    if not is_new:
+    if not _create(path):
         _check_identity(path)
     connection = sqlite3.connect(str(path), timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
     try:
-        # The schema comes before the WAL: so the file itself, without its WAL, says whose it is.
         _migrate(connection, path)
         mode = connection.execute("PRAGMA journal_mode=WAL").fetchone()[0]
         if mode != "wal":
@@ -66,8 +64,6 @@ def connect(path: Path, *, full: bool) -> sqlite3.Connection:
         connection.execute(f"PRAGMA synchronous={'FULL' if full else 'NORMAL'}")
         connection.execute("PRAGMA secure_delete=FAST")  # some builds default to ON, which rewrites deleted pages
         connection.execute("PRAGMA temp_store=MEMORY")
-        if is_new:
-            _sync_folder(path.parent)
     except BaseException:
         connection.close()
         raise
@@ -169,16 +165,34 @@ def make_folder(folder: Path) -> None:
         raise OutboxUnavailable(folder, "is not writable for this user: set outbox_dir to a folder that is")
 
 
-def _create_private(path: Path) -> bool:
-    """Create the file with mode 0600, which SQLite then gives to the WAL and the shared memory too."""
+def _create(path: Path) -> bool:
+    """Make the database if there is none or an empty file; whether it was made.
+
+    The schema comes before the WAL: so the file itself, without its WAL, says whose it is.
+    It is made under another name, and gets its own when it is whole and on the disk: whatever interrupts that leaves
+    nothing that could be taken for another application's database.  The mode 0600 is what SQLite then gives to the
+    WAL and the shared memory too.
+    """
+    # Looked at, never opened here: closing a descriptor of a database drops the locks of SQLite's own.
+    with contextlib.suppress(FileNotFoundError):
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):
+            raise NotAnOutbox(path, "is not a file")
+        if found.st_size:
+            return False
+    new = path.with_name(f"{path.name}.new")
+    # Those of a database that is gone would be taken for the new one's.
+    for left in (new, Path(f"{path}-journal"), Path(f"{path}-wal")):
+        left.unlink(missing_ok=True)
+    os.close(os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o600))
+    connection = sqlite3.connect(str(new), isolation_level=None)
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o600)
-    except FileExistsError:
-        # Never opened here: closing a descriptor of a database drops the locks of SQLite's own.
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise NotAnOutbox(path, "is not a file") from None
-        return False
-    os.close(fd)
+        connection.execute("PRAGMA journal_mode=MEMORY")
+        _migrate(connection, path)
+    finally:
+        connection.close()
+    os.replace(new, path)
+    _sync_folder(path.parent)
     return True
 
 

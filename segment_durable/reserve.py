@@ -82,9 +82,10 @@ class Reserve:
 
 def _allocate(fd: int, size: int) -> None:
     """Really: a file with a hole takes no space."""
-    with contextlib.suppress(AttributeError):  # macOS and Windows
+    with contextlib.suppress(AttributeError, OSError):  # macOS and Windows; filesystems that can't
         os.posix_fallocate(fd, 0, size)
         return
+    os.lseek(fd, 0, os.SEEK_SET)
     zeros = bytes(1 << 16)
     while size > 0:
         size -= os.write(fd, zeros[:size])
