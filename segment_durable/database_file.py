@@ -14,6 +14,7 @@ from urllib.parse import quote
 from segment_durable.errors import NotAnOutbox, OutboxUnavailable, StorageError
 
 __all__ = [
+    "CHECKPOINT_BYTES",
     "DATABASE_NAME",
     "PAGE_SIZE",
     "WAL_LIMIT_BYTES",
@@ -34,7 +35,10 @@ SCHEMA_VERSION = 1
 # Of 1, 2 and 4 KiB, measured with events of 430 and 4,000 bytes: 2 KiB writes a third less into the WAL than 4 KiB,
 # checkpoints in two thirds of the time, and a put takes no longer.
 PAGE_SIZE = 2048
-# A WAL that a slow reader let grow beyond this is cut back to it when it starts anew.
+# When the WAL has this a checkpoint is due, and a WAL that grew beyond is cut back to it when it starts anew.  A
+# checkpoint costs 6 to 15 ms, most of it in fsync, and the writers wait for it.
+CHECKPOINT_BYTES = 8 << 20
+# A WAL beyond this, which only a reader that never ends can cause, takes no more events.
 WAL_LIMIT_BYTES = 64 << 20
 READ_CACHE_KIB = 256  # what is read is read once
 BUSY_TIMEOUT = 5.0  # seconds that SQLite waits for a foreign program that doesn't know of our writer lock
@@ -45,12 +49,10 @@ def connect(path: Path, *, full: bool) -> sqlite3.Connection:
 
     To be called under the writer lock.  Raises `OutboxUnavailable`, `NotAnOutbox`, `sqlite3.Error` or `OSError`.
     """
-    is_new = _create_private(path)
-    if not is_new:
+    if not _create(path):
         _check_identity(path)
     connection = sqlite3.connect(str(path), timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
     try:
-        # The schema comes before the WAL: so the file itself, without its WAL, says whose it is.
         _migrate(connection, path)
         mode = connection.execute("PRAGMA journal_mode=WAL").fetchone()[0]
         if mode != "wal":
@@ -58,12 +60,10 @@ def connect(path: Path, *, full: bool) -> sqlite3.Connection:
                 path, "its filesystem can't do SQLite's WAL mode: set outbox_dir to a folder on a local disk"
             )
         connection.execute("PRAGMA wal_autocheckpoint=0")
-        connection.execute(f"PRAGMA journal_size_limit={WAL_LIMIT_BYTES}")
+        connection.execute(f"PRAGMA journal_size_limit={CHECKPOINT_BYTES}")
         connection.execute(f"PRAGMA synchronous={'FULL' if full else 'NORMAL'}")
         connection.execute("PRAGMA secure_delete=FAST")  # some builds default to ON, which rewrites deleted pages
         connection.execute("PRAGMA temp_store=MEMORY")
-        if is_new:
-            _sync_folder(path.parent)
     except BaseException:
         connection.close()
         raise
@@ -165,16 +165,34 @@ def make_folder(folder: Path) -> None:
         raise OutboxUnavailable(folder, "is not writable for this user: set outbox_dir to a folder that is")
 
 
-def _create_private(path: Path) -> bool:
-    """Create the file with mode 0600, which SQLite then gives to the WAL and the shared memory too."""
+def _create(path: Path) -> bool:
+    """Make the database if there is none or an empty file; whether it was made.
+
+    The schema comes before the WAL: so the file itself, without its WAL, says whose it is.
+    It is made under another name, and gets its own when it is whole and on the disk: whatever interrupts that leaves
+    nothing that could be taken for another application's database.  The mode 0600 is what SQLite then gives to the
+    WAL and the shared memory too.
+    """
+    # Looked at, never opened here: closing a descriptor of a database drops the locks of SQLite's own.
+    with contextlib.suppress(FileNotFoundError):
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):
+            raise NotAnOutbox(path, "is not a file")
+        if found.st_size:
+            return False
+    new = path.with_name(f"{path.name}.new")
+    # Those of a database that is gone would be taken for the new one's.
+    for left in (new, Path(f"{path}-journal"), Path(f"{path}-wal")):
+        left.unlink(missing_ok=True)
+    os.close(os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o600))
+    connection = sqlite3.connect(str(new), isolation_level=None)
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o600)
-    except FileExistsError:
-        # Never opened here: closing a descriptor of a database drops the locks of SQLite's own.
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise NotAnOutbox(path, "is not a file") from None
-        return False
-    os.close(fd)
+        connection.execute("PRAGMA journal_mode=MEMORY")
+        _migrate(connection, path)
+    finally:
+        connection.close()
+    os.replace(new, path)
+    _sync_folder(path.parent)
     return True
 
 

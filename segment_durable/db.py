@@ -18,6 +18,7 @@ from typing import Any
 
 from segment_durable.database_file import (
     BUSY_TIMEOUT,
+    CHECKPOINT_BYTES,
     DATABASE_NAME,
     PAGE_SIZE,
     WAL_LIMIT_BYTES,
@@ -31,16 +32,19 @@ from segment_durable.database_file import (
 )
 from segment_durable.errors import OutboxBusy, OutboxError, StorageError
 from segment_durable.locks import LockFile
+from segment_durable.reserve import Reserve
 
 __all__ = ["LOCK_NAME", "Database"]
 
 LOCK_NAME = "outbox.lock"
-# After about that many bytes written by this process a checkpoint is due.  A checkpoint costs 6 to 15 ms, most of
-# it in fsync, and the writers wait for it.
-CHECKPOINT_BYTES = 8 << 20
 # Where nobody makes the due checkpoints (no thread could be started), writers make them themselves after this.
 OVERDUE_BYTES = WAL_LIMIT_BYTES // 2
+# How large the WAL really is, by the bytes of all processes, is looked up after so many of our own.
+LOOK_BYTES = 512 << 10
 FRAME_HEADER_BYTES = 24
+LOOK_SECONDS = 0.25  # between two attempts to get out of trouble
+_GIVE_BACK_PAGES = 256
+_SPARE_PAGES = 32  # of the largest file that the process may write: not for puts
 WRITE_TIMEOUT = 5.0  # seconds that a write waits for other writers
 
 
@@ -62,7 +66,14 @@ class Database:
         # Taken before the lock file's mutex where both are needed; reentrant for the same reason as that one.
         self._reading_mutex = threading.RLock()
         self._dirty = False  # something was committed since the last sync
-        self._unchecked_bytes = 0
+        self.needs_checkpoint = False
+        self._unseen_bytes = 0  # written by this process since it last looked at the WAL
+        self._look_after = 0
+        self._held_bytes = 0  # what the WAL had at a checkpoint that a reader did not let move all of it
+        self._scarce = False  # there is so little space that the WAL is to be kept short
+        self._trouble: StorageError | None = None  # why puts are refused, if they are
+        self._next_look = 0.0
+        self.reserve = Reserve(folder)
         self.on_written: Callable[[], None] = _nothing  # set by `watch`
         make_folder(folder)
         try:
@@ -89,8 +100,10 @@ class Database:
             try:
                 yield connection
                 connection.execute("COMMIT")
-            except BaseException:
+            except BaseException as problem:
                 roll_back(connection)
+                if isinstance(problem, sqlite3.Error):
+                    self._note(storage_error(problem))
                 raise
         self.wrote(4 * PAGE_SIZE)
 
@@ -103,24 +116,24 @@ class Database:
         connection = self._connection or self._open()
         if connection.in_transaction:
             raise OutboxBusy("the call was made by a signal handler or a finalizer while its thread was writing")
+        if self._trouble is not None:
+            self.check_space()
         try:
             return connection.execute(statement, parameters).rowcount
         except sqlite3.Error as problem:
             roll_back(connection)
-            raise storage_error(problem) from problem
+            raise self._note(storage_error(problem)) from problem
 
     def wrote(self, size: int) -> None:
         """About `size` bytes were committed, and the writer lock is free again.
 
         Calls `on_written` for the first commit since the last sync, and while a checkpoint is due.
         """
-        unchecked = self._unchecked_bytes = self._unchecked_bytes + size + PAGE_SIZE + FRAME_HEADER_BYTES
-        if self._dirty and unchecked < CHECKPOINT_BYTES and unchecked <= OVERDUE_BYTES:
+        unseen = self._unseen_bytes = self._unseen_bytes + size + PAGE_SIZE + FRAME_HEADER_BYTES
+        if self._dirty and unseen < self._look_after:
             return
         self._dirty = True
-        if unchecked > OVERDUE_BYTES and not self.lock.depth:
-            with contextlib.suppress(OutboxError):
-                self.checkpoint()
+        self._look()
         self.on_written()
 
     @contextlib.contextmanager
@@ -156,10 +169,6 @@ class Database:
         """Whether a commit may not have reached the disk yet: always False with `full`."""
         return self._dirty and not self._full
 
-    @property
-    def needs_checkpoint(self) -> bool:
-        return self._unchecked_bytes >= CHECKPOINT_BYTES
-
     def sync(self) -> None:
         """Bring all commits so far to the disk.
 
@@ -190,26 +199,28 @@ class Database:
         Only ever done under the writer lock: SQLite 3.7.0 to 3.51.2 can corrupt a database whose WAL is reset by two
         connections at the same moment.  `truncate` also gives the WAL's space back.
         """
-        self._unchecked_bytes = 0
+        self.needs_checkpoint = False
         self.sync()  # before taking the lock: then the checkpoint's own sync of the WAL has nothing left to do
         with self._writer() as connection, _translated():
-            mode = "TRUNCATE" if truncate else "PASSIVE"
             # Not to wait for a reader: all writers of the host would wait with us.
             connection.execute("PRAGMA busy_timeout=0")
+            pragma = f"PRAGMA wal_checkpoint({'TRUNCATE' if truncate or self._scarce else 'PASSIVE'})"
             try:
-                busy, frames, moved = connection.execute(f"PRAGMA wal_checkpoint({mode})").fetchone()
+                try:
+                    busy, frames, moved = connection.execute(pragma).fetchone()
+                except sqlite3.Error as problem:
+                    if not is_full(storage_error(problem)) or not self.reserve.free():
+                        raise
+                    busy, frames, moved = connection.execute(pragma).fetchone()
             finally:
                 connection.execute(f"PRAGMA busy_timeout={int(BUSY_TIMEOUT * 1000)}")
-        return not busy and frames == moved
+        done = not busy and frames == moved
+        self._held_bytes = 0 if done else self.wal_bytes()
+        return bool(done)
 
     def give_back_space(self, pages: int) -> bool:
         """Return up to `pages` free pages to the filesystem, in one short transaction; whether there are more."""
-        with self._writer() as connection, _translated():
-            free: int = connection.execute("PRAGMA freelist_count").fetchone()[0]
-            if free:
-                # Not execute(): the pragma is a statement without columns that has to be stepped once for each page,
-                # and a cursor of Python's steps such a one once only.
-                connection.executescript(f"PRAGMA incremental_vacuum({pages})")
+        free = self._shrink(pages)
         if free:
             self.wrote(pages * PAGE_SIZE)
         return free > pages
@@ -220,6 +231,55 @@ class Database:
     def size_on_disk(self) -> int:
         """Bytes that the database and its WAL occupy."""
         return _size(self.path) + self.wal_bytes()
+
+    # -- space
+
+    @property
+    def is_in_trouble(self) -> bool:
+        """Whether puts are refused, because the disk is full or the WAL can't be kept short."""
+        return self._trouble is not None
+
+    def check_space(self) -> None:
+        """Raise `StorageError` while there is no space for new events.  Under the mutex, before a put."""
+        if self._trouble is not None and time.monotonic() >= self._next_look:
+            self.recover()
+        if self._trouble is not None:
+            raise StorageError(str(self._trouble), self._trouble.code)
+
+    def make_room(self, problem: StorageError) -> bool:
+        """For a write of the sender's that failed: free the reserve and begin the WAL anew; whether to try again."""
+        if not is_full(problem):
+            return False
+        try:
+            with self._writer() as connection:
+                if connection.in_transaction:
+                    return False
+                self.reserve.free()
+                self._limit_pages(connection, 0)
+                with contextlib.suppress(OutboxError):
+                    self.checkpoint(truncate=True)
+        except OutboxError:
+            return False
+        return True
+
+    def recover(self) -> bool:
+        """Make the WAL short, give space back and make the reserve again; whether puts are accepted now."""
+        self._next_look = time.monotonic() + LOOK_SECONDS
+        with contextlib.suppress(OutboxError), self._writer() as connection:
+            if connection.in_transaction:
+                return False
+            with contextlib.suppress(OutboxError):
+                self.checkpoint(truncate=True)
+                for _ in range(8):  # then others may write
+                    if not self.reserve.is_needed() or not self._shrink(_GIVE_BACK_PAGES):
+                        break
+                    self.checkpoint(truncate=True)
+            if self.wal_bytes() > WAL_LIMIT_BYTES:
+                self._trouble = _held_by_reader()
+            elif self.reserve.make() and not self.reserve.is_needed():
+                self._limit_pages(connection, _SPARE_PAGES)
+                self._trouble = None
+        return self._trouble is None
 
     # -- life
 
@@ -270,6 +330,58 @@ class Database:
 
     # -- inside
 
+    def _look(self) -> None:
+        """See how long the WAL is, whoever wrote it, and how much space there is; make a checkpoint if it is overdue.
+
+        At a commit SQLite cuts a WAL that starts anew to `CHECKPOINT_BYTES`, so one that is longer was not moved yet.
+        The less space there is, the shorter the WAL is kept: the reserve has to hold what a checkpoint may need.
+        """
+        self._unseen_bytes = 0
+        size = self.wal_bytes()
+        due = min(CHECKPOINT_BYTES, max(self.reserve.size // 8, self.reserve.room() // 4))
+        self._scarce = due < CHECKPOINT_BYTES
+        self._look_after = min(LOOK_BYTES, due // 4)
+        if size <= due:
+            self._held_bytes = 0
+        held = self._held_bytes and self._held_bytes + due // 4  # a reader is in the way: not at each look
+        self.needs_checkpoint = size > max(due, held)
+        overdue = min(OVERDUE_BYTES, 2 * due) if self._scarce else OVERDUE_BYTES
+        if size > max(overdue, held) and not self.lock.depth:
+            with contextlib.suppress(OutboxError):
+                self.checkpoint(truncate=size > WAL_LIMIT_BYTES)
+        if self._trouble is not None:
+            return
+        if size > WAL_LIMIT_BYTES and self.wal_bytes() > WAL_LIMIT_BYTES:
+            self._refuse(_held_by_reader())
+        elif not self.reserve.exists():
+            self._refuse(_full())
+
+    def _note(self, error: StorageError) -> StorageError:
+        """Remember that a write failed because there is no space."""
+        if is_full(error) and self._trouble is None:
+            self._refuse(error)
+        return error
+
+    def _refuse(self, why: StorageError) -> None:
+        self._trouble = why
+        self.on_written()
+
+    def _limit_pages(self, connection: sqlite3.Connection, spare: int) -> None:
+        """Where files may not grow beyond a size: a database of more could never take in its WAL."""
+        pages = self.reserve.file_limit // PAGE_SIZE
+        if pages < 1 << 31:
+            connection.execute(f"PRAGMA max_page_count={max(pages - spare, 1)}")
+
+    def _shrink(self, pages: int) -> int:
+        """Give up to `pages` free pages back; how many there were."""
+        with self._writer() as connection, _translated():
+            free: int = connection.execute("PRAGMA freelist_count").fetchone()[0]
+            if free:
+                # Not execute(): the pragma is a statement without columns that has to be stepped once for each page,
+                # and a cursor of Python's steps such a one once only.
+                connection.executescript(f"PRAGMA incremental_vacuum({pages})")
+        return free
+
     @contextlib.contextmanager
     def _writer(self, patience: float = 0.0) -> Iterator[sqlite3.Connection]:
         self.lock.acquire(WRITE_TIMEOUT, patience)
@@ -293,14 +405,20 @@ class Database:
             raise StorageError("the outbox has been closed", "SQLITE_MISUSE")
         self.lock.acquire(WRITE_TIMEOUT)
         try:
-            connection = connect(self.path, full=self._full)
-        except sqlite3.Error as problem:
-            raise unavailable(self.path, problem) from problem
-        except OSError as problem:
+            try:
+                connection = connect(self.path, full=self._full)
+            except sqlite3.Error:
+                if not self.reserve.free():  # opening takes space as well
+                    raise
+                connection = connect(self.path, full=self._full)
+            self._limit_pages(connection, _SPARE_PAGES)
+            self._connection = connection
+            if not self.reserve.make():
+                self._refuse(_full())
+        except (sqlite3.Error, OSError) as problem:
             raise unavailable(self.path, problem) from problem
         finally:
             self.lock.release()
-        self._connection = connection
         return connection
 
     def _open_for_reading(self, timeout: float) -> sqlite3.Connection:
@@ -342,6 +460,26 @@ def _size(path: Path) -> int:
         return os.stat(path).st_size
     except OSError:
         return 0
+
+
+def is_full(problem: StorageError) -> bool:
+    """Whether it may be for want of space: SQLite reports a file that may not grow as an I/O error."""
+    return problem.code in ("SQLITE_FULL", "SQLITE_IOERR")
+
+
+def _full() -> StorageError:
+    return StorageError(
+        "the disk is full: no event is accepted until delivery has made room, or something else is deleted",
+        "SQLITE_FULL",
+    )
+
+
+def _held_by_reader() -> StorageError:
+    return StorageError(
+        f"a reader has kept the WAL from being moved into the database, and it has {WAL_LIMIT_BYTES >> 20} MiB: "
+        "end the program that has a transaction open on outbox.db",
+        "SQLITE_BUSY",
+    )
 
 
 @contextlib.contextmanager

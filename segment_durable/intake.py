@@ -157,6 +157,7 @@ class Intake:
                     del group[taken:]  # the last one was withdrawn, by its own thread, between two of these steps
             if not group:
                 return
+            self._db.check_space()
             with self._db.write() as connection:
                 accepted = [connection.execute(_PUT, put.parameters).rowcount == 1 for put in group]
             for put, each in zip(group, accepted):

@@ -25,14 +25,15 @@ import hmac
 import os
 import secrets
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from segment_durable.clock import Clock
 from segment_durable.db import WRITE_TIMEOUT, Database
-from segment_durable.errors import SourceMismatch
+from segment_durable.errors import SourceMismatch, StorageError
 from segment_durable.intake import Intake
 from segment_durable.records import Backoff, DeadLetter, Lease, NotNow, OutboxStats, Row
 from segment_durable.views import LEASES, TOTALS, read_backoff, read_stats
@@ -60,6 +61,25 @@ FROM (SELECT min(id) AS low FROM event WHERE id >= ? AND id < ?)
 
 # The same, and how many leases there are: mostly none, and then this one look is all that a lease takes.
 _AHEAD = _RANGE.replace("SELECT low,", "SELECT (SELECT count(*) FROM lease), low,", 1)
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _with_reserve(method: Callable[Concatenate[Outbox, P], R]) -> Callable[Concatenate[Outbox, P], R]:
+    """On a full disk: free the reserve, and do it once more.  Nothing was changed by what failed."""
+
+    @wraps(method)
+    def trying(self: Outbox, /, *args: P.args, **named: P.kwargs) -> R:
+        try:
+            return method(self, *args, **named)
+        except StorageError as problem:
+            if not self.db.make_room(problem):
+                raise
+        return method(self, *args, **named)
+
+    return trying
 
 
 class Outbox:
@@ -95,6 +115,7 @@ class Outbox:
 
     # -- out
 
+    @_with_reserve
     def lease(self, limit: int, seconds: float, *, max_leases: int = 1, hurry: bool = False) -> Lease | NotNow:
         """Take the first `limit` events that nobody has, for `seconds`.
 
@@ -160,6 +181,7 @@ class Outbox:
         count, low, high, events = self.db.read_one(_JOINED, (first, last, limit))
         return count, low or 0, high or 0, events or b""
 
+    @_with_reserve
     def extend(self, lease: Lease, seconds: float) -> Lease | None:
         """The lease with its deadline `seconds` from now, or None if it was lost."""
         deadline = self._clock.boot() + seconds
@@ -172,6 +194,7 @@ class Outbox:
             return None
         return Lease(lease.token, lease.first, lease.last, lease.attempt, deadline)
 
+    @_with_reserve
     def ack(self, lease: Lease, through: int) -> int | None:
         """Delivered, up to and with the event `through`: delete those, keep the rest leased.
 
@@ -195,6 +218,7 @@ class Outbox:
             self.db.lock.held.discard(lease.token)
         return deleted
 
+    @_with_reserve
     def bury(self, lease: Lease, event_id: int, *, status: int, code: str, answer: str, max_dead: int) -> bool | None:
         """Refused by itself: move the event, the first of the lease, to the dead letters.
 
@@ -220,6 +244,7 @@ class Outbox:
             self.db.lock.held.discard(lease.token)
         return True
 
+    @_with_reserve
     def release(self, lease: Lease, backoff: Backoff | None = None) -> bool:
         """Not delivered: the rest of the lease is pending again, and `backoff`, if given, binds all senders.
 
@@ -236,6 +261,7 @@ class Outbox:
         """Give a lease up without touching the disk, for when that fails: the next `lease()` finds it dead."""
         self.db.lock.held.discard(lease.token)
 
+    @_with_reserve
     def expire(self, older_than: float, limit: int = 1000) -> list[bytes]:
         """Remove the first events, up to `limit`, that were appended before `older_than` (seconds since 1970).
 
@@ -294,6 +320,7 @@ class Outbox:
                 )
             ]
 
+    @_with_reserve
     def requeue(self, ids: Sequence[int] | None = None) -> int:
         """Give dead letters, all or those with these ids, another chance, behind what is pending; how many."""
         with self.db.write() as connection:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 import zlib
 from collections.abc import Mapping
@@ -201,6 +202,11 @@ def _transport_error(problem: Exception) -> TransportError:
         return TransportError("proxy", "the proxy can't be reached or refused")
     if isinstance(problem, requests.exceptions.InvalidSchema) and "SOCKS" in text:
         return TransportError("proxy", "a SOCKS proxy needs the package PySocks: pip install requests[socks]")
+    if isinstance(problem, RecursionError) and "gevent" in sys.modules:
+        return TransportError(
+            "tls",
+            "gevent patched ssl after it was imported: call gevent.monkey.patch_all() before anything is imported",
+        )
     refused = isinstance(problem, NewConnectionError)  # which urllib3 derives from its time-out
     if isinstance(problem, (ConnectTimeoutError, ReadTimeoutError, TimeoutError)) and not refused:
         step = "connecting" if isinstance(problem, ConnectTimeoutError) else "waiting for the answer"

@@ -10,7 +10,7 @@ import logging
 import threading
 
 from segment_durable.clock import Clock
-from segment_durable.db import Database
+from segment_durable.db import LOOK_SECONDS, Database
 from segment_durable.errors import OutboxError
 from segment_durable.limiter import Limiter
 from segment_durable.threads import start_thread
@@ -81,6 +81,10 @@ class Upkeep:
                 continue
             if self._ending.is_set():
                 return
+            if self._database.is_in_trouble and not self._database.recover():
+                self._written.set()  # puts are refused, so none will say so
+                self._clock.wait(self._ending, LOOK_SECONDS)
+                continue
             if not self._clock.wait(self._written, _QUIET_SECONDS) and self._is_untidy():
                 self._tidy()
 
@@ -96,14 +100,16 @@ class Upkeep:
         return True
 
     def _is_untidy(self) -> bool:
-        return not self._ending.is_set() and self._database.size_on_disk() > _TIDY_BYTES
+        if self._ending.is_set():
+            return False
+        return self._database.size_on_disk() > _TIDY_BYTES or self._database.wal_bytes() > self._database.reserve.size
 
     def _tidy(self) -> None:
         try:
             while self._database.give_back_space(_TIDY_PAGES):
                 if self._ending.is_set() or self._due.is_set():
                     return
-            if self._database.wal_bytes() > _TIDY_BYTES // 4:
+            if self._database.wal_bytes() > self._database.reserve.size:
                 self._database.checkpoint(truncate=True)
         except OutboxError as problem:
             self._complain(problem)

@@ -337,7 +337,7 @@ def test_a_put_that_the_disk_refuses_raises_with_the_code_and_the_next_one_works
 def test_a_transaction_that_fails_anywhere_leaves_nothing_behind(outbox: Outbox, worker: Worker, failing: str) -> None:
     outbox.put(b"a", 1)
     connection: Any = outbox.db._connection
-    error = sqlite3.OperationalError("disk I/O error")
+    error = sqlite3.OperationalError("database is locked")
     outbox.db._connection = Failing(connection, failing, error)  # type: ignore[assignment]
     with pytest.raises(StorageError):
         outbox.lease(1, 60)

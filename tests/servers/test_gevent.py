@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from segment_durable.testing import Receiver
 
 from .running import needs
@@ -73,3 +75,36 @@ assert time.monotonic() - started < 10, time.monotonic() - started
 """
     run(code, receiver, tmp_path)
     assert len(receiver.unique) == 2
+
+
+@pytest.mark.parametrize("first", ["gevent", "the client"])
+def test_tls_needs_the_patching_first_and_the_error_says_so(receiver: Receiver, tmp_path: Path, first: str) -> None:
+    """Else each attempt ends in a RecursionError of Python's ssl.  The receiver speaks no TLS, which is the other end."""
+    needs("gevent")
+    code = """
+import sys, warnings
+warnings.simplefilter("ignore")
+if sys.argv[3] == "the client":
+    import segment_durable.client
+from gevent import monkey
+monkey.patch_all()
+import segment_durable
+said = []
+host = sys.argv[1].replace("http:", "https:")
+client = segment_durable.Client(
+    "k", host, outbox_dir=sys.argv[2], max_retries=0, on_error=lambda error, items: said.append(str(error))
+)
+assert client.track("u", "e")[0]
+assert client.flush(20) is False
+assert client.stats().pending == 1
+print(said[0])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, receiver.url, str(tmp_path / "outbox"), first],
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert done.returncode == 0, done.stderr
+    assert ("monkey.patch_all() before" in done.stdout) is (first == "the client")
+    assert "RecursionError" not in done.stdout

@@ -1,0 +1,1 @@
+"""Full disks, failing disks, power cuts."""

@@ -1,0 +1,283 @@
+"""A full disk: calls are refused and never raise, delivery goes on, and then events are accepted again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from segment_durable import Client
+from segment_durable.clock import SystemClock
+from segment_durable.errors import StorageError
+from segment_durable.outbox import Outbox
+from segment_durable.reserve import RESERVE_BYTES
+from segment_durable.testing import Receiver
+
+DISK = 4 << 20
+PATIENCE = 60.0  # seconds
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, "it did not come to that in time"
+        time.sleep(0.001)
+
+
+def fill(client: Client, name: str, refusals: int = 20) -> list[str]:
+    """Track until that many calls were refused; the ids of those that were accepted."""
+    accepted: list[str] = []
+    number = 0
+    while refusals:
+        taken, message = client.track("u", "e", {"filler": "x" * 400}, message_id=f"{name}-{number}")
+        if taken:
+            accepted.append(f"{name}-{number}")
+        else:
+            assert message["userId"] == "u"
+            refusals -= 1
+        number += 1
+    return accepted
+
+
+def arrived(receiver: Receiver) -> list[str]:
+    return [event["messageId"] for event in receiver.unique]
+
+
+def is_accepted(client: Client, name: str) -> bool:
+    return client.track("u", "e", message_id=name)[0]
+
+
+@pytest.fixture
+def errors() -> list[Exception]:
+    return []
+
+
+@pytest.fixture
+def make_full(make_client: Callable[..., Client], errors: list[Exception]) -> Callable[..., Client]:
+    """Clients without a limit of events, whose errors are noted."""
+
+    def make(outbox: Path, **settings: Any) -> Client:
+        settings = {"max_queue_size": 0, "upload_interval": 0.01, **settings}
+        return make_client(outbox_dir=outbox, on_error=lambda error, items: errors.append(error), **settings)
+
+    return make
+
+
+def test_a_full_disk_of_4_mb_is_delivered_and_then_takes_events_again(
+    make_disk: Callable[[int], Path],
+    make_full: Callable[..., Client],
+    receiver: Receiver,
+    errors: list[Exception],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    outbox = make_disk(DISK) / "outbox"
+    receiver.stop()
+    client = make_full(outbox)
+    accepted = fill(client, "a", 300)
+    assert len(accepted) > 2_000, "the reserve and the WAL leave little of the disk"
+    full = [error for error in errors if isinstance(error, StorageError)]
+    assert {error.code for error in full} == {"SQLITE_FULL"}
+    assert len([record for record in caplog.records if "can't be written" in record.getMessage()]) == 1
+    receiver.start()
+    assert client.flush(PATIENCE) is True
+    assert set(accepted) <= set(arrived(receiver)), "an event was lost"
+    wait_until(lambda: is_accepted(client, "later"))
+    assert (outbox / "outbox.reserve").exists()
+    receiver.stop()
+    for number in range(len(accepted) * 9 // 10):
+        wait_until(lambda number=number: is_accepted(client, f"b-{number}"))  # type: ignore[misc]
+    receiver.start()
+    assert client.flush(PATIENCE) is True
+    assert {f"b-{n}" for n in range(len(accepted) * 9 // 10)} <= set(arrived(receiver))
+    stats = client.stats()
+    assert stats.balanced
+    assert stats.accepted == len(receiver.unique), "what was refused is not there"
+
+
+def test_another_program_fills_the_disk_with_a_backlog_waiting(
+    make_disk: Callable[[int], Path], make_full: Callable[..., Client], receiver: Receiver
+) -> None:
+    disk = make_disk(DISK)
+    receiver.stop()
+    client = make_full(disk / "outbox")
+    accepted = [f"a-{n}" for n in range(1_500) if client.track("u", "e", {"f": "x" * 400}, message_id=f"a-{n}")[0]]
+    assert len(accepted) == 1_500
+    use_up(disk / "theirs")
+    accepted += fill(client, "b")
+    receiver.start()
+    assert client.flush(PATIENCE) is True
+    assert set(accepted) <= set(arrived(receiver))
+    (disk / "theirs").unlink()
+    wait_until(lambda: is_accepted(client, "later"))
+    assert client.flush(PATIENCE) is True
+    assert "later" in arrived(receiver)
+
+
+def use_up(path: Path) -> None:
+    """Write a file until the disk is full."""
+    with path.open("wb", buffering=0) as file:
+        for size in (1 << 16, 1 << 12, 1):
+            try:
+                while file.write(bytes(size)) == size:
+                    pass
+            except OSError:
+                pass
+
+
+def test_a_process_that_starts_on_a_full_disk_delivers(
+    make_disk: Callable[[int], Path], make_full: Callable[..., Client], receiver: Receiver
+) -> None:
+    """Opening needs space for the WAL's shared memory; the last process was killed."""
+    disk = make_disk(DISK)
+    program = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from segment_durable import Client\n"
+        "client = Client('test-key', sys.argv[2], outbox_dir=Path(sys.argv[1]), deliver=False)\n"
+        "for n in range(1000):\n"
+        "    assert client.track('u', 'e', {'f': 'x' * 400}, message_id=f'a-{n}')[0]\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    command = [sys.executable, "-W", "error", "-c", program, disk / "outbox", receiver.url]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    (disk / "outbox" / "outbox.db-shm").unlink()
+    use_up(disk / "theirs")
+    client = make_full(disk / "outbox")
+    accepted = fill(client, "b")
+    assert client.flush(PATIENCE) is True
+    assert {*accepted, *(f"a-{n}" for n in range(1000))} <= set(arrived(receiver))
+    (disk / "theirs").unlink()
+    wait_until(lambda: is_accepted(client, "later"))
+
+
+WRITER = """
+import sys, time
+from pathlib import Path
+from segment_durable import Client
+client = Client("test-key", sys.argv[2], outbox_dir=Path(sys.argv[1]), deliver=False, max_queue_size=0)
+number = 0
+def track(then):
+    global number
+    taken = client.track("u", "e", {"f": "x" * 400}, message_id=f"{sys.argv[3]}-{number}")[0]
+    if taken:
+        print(f"{sys.argv[3]}-{number}", flush=True)
+    number += 1
+    return taken is then
+refused = 0
+while refused < 200:
+    refused += track(False)
+print("full", flush=True)
+sys.stdin.readline()
+end, accepted = time.monotonic() + 60, 0
+while accepted < 50 and time.monotonic() < end:
+    accepted += track(True)
+print("again" if accepted == 50 else "never", flush=True)
+sys.stdin.readline()
+client.shutdown(0)
+"""
+
+
+def test_several_processes_agree_that_the_disk_is_full(
+    make_disk: Callable[[int], Path], make_full: Callable[..., Client], receiver: Receiver
+) -> None:
+    disk = make_disk(DISK)
+    writers = []
+    for name in "ab":
+        command = [sys.executable, "-W", "error", "-c", WRITER, disk / "outbox", receiver.url, name]
+        writers.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+    accepted: list[str] = []
+
+    def read_until(writer: subprocess.Popen[str], word: str) -> int:
+        assert writer.stdout is not None
+        before = len(accepted)
+        while (line := writer.stdout.readline().strip()) != word:
+            assert line not in ("", "never")
+            accepted.append(line)
+        return len(accepted) - before
+
+    try:
+        assert sum(read_until(writer, "full") for writer in writers) > 2_000
+        client = make_full(disk / "outbox")
+        assert client.flush(PATIENCE) is True
+        for writer in writers:
+            assert writer.stdin is not None
+            writer.stdin.write("go on\n")
+            writer.stdin.flush()
+        assert [read_until(writer, "again") for writer in writers] == [50, 50]
+        for writer in writers:
+            writer.communicate("end\n", timeout=PATIENCE)
+            assert writer.returncode == 0
+        assert client.flush(PATIENCE) is True
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.communicate()
+    assert set(accepted) <= set(arrived(receiver))
+    assert client.stats().balanced
+
+
+def test_puts_never_delete_the_reserve_and_a_missing_one_stops_them(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path / "outbox", SystemClock())
+    reserve = tmp_path / "outbox" / "outbox.reserve"
+    found = reserve.stat()
+    assert found.st_size == found.st_blocks * 512 == RESERVE_BYTES
+    assert stat.S_IMODE(found.st_mode) == 0o600
+    outbox.db._note(StorageError("full", "SQLITE_FULL"))
+    assert reserve.exists()
+    outbox.close()
+
+
+LIMITED = """
+import json, os, resource, sys, time
+from pathlib import Path
+limit = int(sys.argv[3])
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+from segment_durable import Client
+from segment_durable.testing import Receiver
+with Receiver() as receiver:
+    receiver.stop()
+    settings = dict(outbox_dir=Path(sys.argv[1]), max_queue_size=0, upload_interval=0.01)
+    client = Client("test-key", receiver.url, **settings)
+    rounds = []
+    for name in "abc":
+        accepted = []
+        refused = number = 0
+        while refused < 50:
+            if client.track("u", "e", {"f": "x" * 400}, message_id=f"{name}-{number}")[0]:
+                accepted.append(f"{name}-{number}")
+            else:
+                refused += 1
+            number += 1
+        receiver.start()
+        assert client.flush(60) is True
+        assert set(accepted) <= {event["messageId"] for event in receiver.unique}
+        receiver.stop()
+        end = time.monotonic() + 60
+        while not client.track("u", "e")[0]:
+            assert time.monotonic() < end, "nothing is accepted any more"
+            time.sleep(0.01)
+        rounds.append(len(accepted))
+    largest = max(each.stat().st_size for each in Path(sys.argv[1]).iterdir())
+    client.shutdown(0)
+print(json.dumps([rounds, largest]))
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no RLIMIT_FSIZE")
+@pytest.mark.parametrize("limit", [1 << 20, 3 << 20])
+def test_where_files_may_not_grow_beyond_a_limit_delivery_goes_on(tmp_path: Path, limit: int) -> None:
+    command = [sys.executable, "-W", "error", "-c", LIMITED, tmp_path / "outbox", "-", str(limit)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rounds, largest = json.loads(done.stdout)
+    assert min(rounds) > limit / 3_000
+    assert largest <= limit

@@ -1,0 +1,121 @@
+"""Each write, sync, truncation and deletion fails once: no crash, no acknowledged event lost, and it works again."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from segment_durable.clock import SystemClock
+from segment_durable.outbox import Outbox
+from segment_durable.records import Lease
+
+HERE = Path(__file__).parent
+KINDS = {"write": 1, "sync": 2, "truncate": 4, "unlink": 8, "allocate": 16}
+RUNS = 25  # of each form, unless the long form is asked for
+
+
+@pytest.fixture(scope="module")
+def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if not sys.platform.startswith("linux"):
+        pytest.skip("the shim is for Linux")
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("needs a C compiler (cc)")
+    library = tmp_path_factory.mktemp("shim") / "shim.so"
+    command = [compiler, "-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-o", library, HERE / "shim.c", "-ldl"]
+    subprocess.run(command, check=True, timeout=60)
+    return library
+
+
+@pytest.fixture
+def run(shim: Path, tmp_path: Path) -> Iterator[Callable[..., dict[str, Any]]]:
+    """Lets a driver's child live with one fault; its journal."""
+    command = [sys.executable, "-W", "error", HERE / "driver.py", shim]
+    driver = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "LD_PRELOAD": str(shim)}
+    )
+    assert driver.stdin is not None
+    assert driver.stdout is not None
+
+    def run(**order: Any) -> dict[str, Any]:
+        assert driver.stdin is not None
+        assert driver.stdout is not None
+        journal = tmp_path / "journal"
+        driver.stdin.write(json.dumps({"folder": str(tmp_path / "outbox"), "journal": str(journal), **order}) + "\n")
+        driver.stdin.flush()
+        assert driver.stdout.readline() == "0\n", "the process crashed"
+        found: dict[str, Any] = json.loads(journal.read_text())
+        return found
+
+    yield run
+    driver.communicate()
+
+
+def check(folder: Path, journal: dict[str, Any]) -> None:
+    """Open what that life has left, without any fault, and compare it with what its caller knows."""
+    assert "crash" not in journal, journal["crash"]
+    accepted, doubtful = set(journal["accepted"]), set(journal["doubtful"])
+    left, perhaps_left = set(journal["left"]), set(journal["perhaps_left"])
+    outbox = Outbox(folder, SystemClock(), write_key="key")
+    try:
+        rows = [row.body.decode().strip() for row in outbox.rows(0, 1 << 60)]
+        dead = [row.body.decode().strip() for row in outbox.dead_letters()]
+        there = {*rows, *dead}
+        assert len(there) == len(rows) + len(dead), "an event is there twice"
+        requeued = set(dead) | (set(rows) & left)  # buried, and perhaps pending again
+        assert accepted - left - perhaps_left <= there, "an acknowledged event is lost"
+        assert there <= accepted | doubtful, "an event is there that nobody put"
+        assert len(requeued & left) <= 1, "what was delivered came back"
+        stats = outbox.stats()
+        assert stats.balanced
+        assert (stats.pending, stats.dead) == (len(rows), len(dead)), "the books are wrong"
+        with outbox.db.read() as connection:
+            assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        assert outbox.put(b"new", 1), "the outbox does not work again"
+        lease = outbox.lease(1 << 30, 60)
+        assert isinstance(lease, Lease)
+        assert outbox.ack(lease, lease.last) == len(rows) + 1
+        assert outbox.db.reserve.exists()
+    finally:
+        outbox.close()
+
+
+@pytest.mark.parametrize("times", [1, 6])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC], ids=["EIO", "ENOSPC"])
+@pytest.mark.parametrize(
+    ("kind", "full"),
+    [("write", False), ("sync", False), ("sync", True), ("truncate", False), ("unlink", False), ("allocate", False)],
+)
+@pytest.mark.timeout(900)
+def test_whichever_call_fails(
+    run: Callable[..., dict[str, Any]], tmp_path: Path, long: bool, kind: str, full: bool, number: int, times: int
+) -> None:
+    order = {"kinds": KINDS[kind], "times": times, "errno": number, "full": full}
+    count = 0
+    clean = run(nth=1 << 30, **order)
+    assert clean["errors"] == []
+    shutil.rmtree(tmp_path / "outbox")
+    nth = step = 1
+    while True:
+        journal = run(nth=nth, **order)
+        count += 1
+        try:
+            check(tmp_path / "outbox", journal)
+        except Exception as problem:
+            raise AssertionError(f"{kind} number {nth}: {problem}\n{journal}") from problem
+        shutil.rmtree(tmp_path / "outbox")
+        if not journal["hits"]:
+            break
+        if not long and count >= RUNS:
+            step += 1 + count // 10  # the beginning call by call, then ever more of them at once
+        nth += step
+    assert count > 1, "nothing was hit"

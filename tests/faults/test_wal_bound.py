@@ -1,0 +1,183 @@
+"""The WAL is bounded: with many processes that deliver nothing, and with a reader that never ends."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from segment_durable import Client, db
+from segment_durable.clock import SystemClock
+from segment_durable.errors import StorageError
+from segment_durable.outbox import Outbox
+
+MIB = 1 << 20
+BODY = b'"%b"' % (b"x" * 1_000)
+
+# A process that puts without anything beside it: no sender, no upkeep.
+PUTTER = """
+import sys
+from pathlib import Path
+from segment_durable import db
+from segment_durable.clock import SystemClock
+from segment_durable.outbox import Outbox
+db.OVERDUE_BYTES, db.LOOK_BYTES = 1 << 20, 64 << 10
+outbox = Outbox(Path(sys.argv[1]), SystemClock())
+print("ready", flush=True)
+sys.stdin.readline()
+for _ in range(400):
+    assert outbox.put(b'"%b"' % (b"x" * 1_000), 1)
+print(outbox.db.wal_bytes(), flush=True)
+sys.stdin.readline()
+outbox.close()
+"""
+
+READER = """
+import sqlite3, sys
+connection = sqlite3.connect(sys.argv[1], isolation_level=None)
+connection.execute("BEGIN")
+print(connection.execute("SELECT count(*) FROM event").fetchone()[0], flush=True)
+sys.stdin.readline()
+"""
+
+
+def start(program: str, *arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-W", "error", "-c", program, *map(str, arguments)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def tell(process: subprocess.Popen[str]) -> None:
+    assert process.stdin is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
+
+
+def hear(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def test_the_bytes_of_all_processes_count(tmp_path: Path) -> None:
+    """Each of eight writes less than the bound, and all of them three times as much."""
+    outbox = Outbox(tmp_path / "outbox", SystemClock())
+    processes = [start(PUTTER, tmp_path / "outbox") for _ in range(8)]
+    try:
+        for process in processes:
+            assert hear(process) == "ready"
+        for process in processes:
+            tell(process)
+        sizes = [int(hear(process)) for process in processes]
+        assert outbox.pending() == 8 * 400
+        assert max(sizes) < 3 * MIB
+        assert min(sizes) > 0
+    finally:
+        for process in processes:
+            process.communicate("\n", timeout=30)
+        outbox.close()
+
+
+@pytest.fixture
+def reader(tmp_path: Path) -> Iterator[Callable[[], subprocess.Popen[str]]]:
+    started: list[subprocess.Popen[str]] = []
+
+    def begin() -> subprocess.Popen[str]:
+        started.append(start(READER, tmp_path / "outbox" / "outbox.db"))
+        assert hear(started[-1]) == "1"
+        return started[-1]
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def put_until_refused(outbox: Outbox) -> StorageError:
+    for _ in range(20_000):
+        try:
+            outbox.put(BODY, 1)
+        except StorageError as problem:
+            return problem
+    raise AssertionError("nothing bounds the WAL")
+
+
+def test_a_reader_that_never_ends_stops_puts_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reader: Callable[[], subprocess.Popen[str]]
+) -> None:
+    monkeypatch.setattr(db, "WAL_LIMIT_BYTES", 2 * MIB)
+    monkeypatch.setattr(db, "OVERDUE_BYTES", MIB)
+    monkeypatch.setattr(db, "LOOK_BYTES", 64 << 10)
+    monkeypatch.setattr(db, "LOOK_SECONDS", 0.0)
+    outbox = Outbox(tmp_path / "outbox", SystemClock())
+    outbox.put(b"1", 1)
+    process = reader()
+    problem = put_until_refused(outbox)
+    assert "a reader has kept the WAL" in str(problem)
+    assert problem.code == "SQLITE_BUSY"
+    size = outbox.db.wal_bytes()
+    assert 2 * MIB < size < 3 * MIB
+    for _ in range(100):
+        with pytest.raises(StorageError, match="a reader"):
+            outbox.put(BODY, 1)
+    assert outbox.db.wal_bytes() == size
+    lease = outbox.lease(100, 60)
+    assert outbox.ack(lease, lease.last) == 100  # type: ignore[union-attr, arg-type]
+    process.communicate("\n", timeout=30)
+    assert outbox.put(BODY, 1), "the reader has ended"
+    assert outbox.db.wal_bytes() < MIB
+    assert outbox.db.reserve.exists()
+    outbox.close()
+
+
+def test_clients_are_told_of_the_reader_once_and_work_again_by_themselves(
+    tmp_path: Path,
+    make_client: Callable[..., Client],
+    monkeypatch: pytest.MonkeyPatch,
+    reader: Callable[[], subprocess.Popen[str]],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(db, "WAL_LIMIT_BYTES", MIB)
+    monkeypatch.setattr(db, "LOOK_BYTES", 64 << 10)
+    errors: list[Exception] = []
+    client = make_client(deliver=False, max_queue_size=0, on_error=lambda error, items: errors.append(error))
+    client.track("u", "e")
+    process = reader()
+    end = time.monotonic() + 60
+    refused = 0
+    while refused < 500:
+        refused += not client.track("u", "e", {"f": "x" * 1_000})[0]
+        assert time.monotonic() < end
+    assert any("a reader has kept the WAL" in str(error) for error in errors)
+    assert len([each for each in caplog.records if "a reader has kept the WAL" in each.getMessage()]) == 1
+    process.communicate("\n", timeout=30)
+    while not client.track("u", "e")[0]:
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def test_a_long_wal_is_cut_when_the_reader_ends(
+    tmp_path: Path, reader: Callable[[], subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What tells a look that there is something to move: SQLite cuts a WAL that starts anew."""
+    outbox = Outbox(tmp_path / "outbox", SystemClock())
+    outbox.put(b"1", 1)
+    process = reader()
+    big = b'"%b"' % (b"x" * 500_000)
+    while outbox.db.wal_bytes() < 20 * MIB:
+        outbox.put(big, 1)
+    assert outbox.db.needs_checkpoint
+    assert not outbox.db.checkpoint()
+    process.communicate("\n", timeout=30)
+    assert outbox.db.checkpoint()
+    outbox.put(b"2", 1)
+    assert outbox.db.wal_bytes() <= 8 * MIB
+    outbox.db._look()
+    assert not outbox.db.needs_checkpoint
+    with contextlib.closing(sqlite3.connect(tmp_path / "outbox" / "outbox.db")) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    outbox.close()
