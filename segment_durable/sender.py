@@ -138,7 +138,8 @@ class Sender:
         finally:
             if self._inline is not None:
                 self._inline.rest()
-                if self._inline_ends:
+                # Closed meanwhile, or before: nobody would come back for what it still holds.
+                if self._inline_ends or self._closed:
                     self._inline.close()
                     self._inline = None
             self._inline_lock.release()

@@ -79,7 +79,7 @@ assert time.monotonic() - started < 10, time.monotonic() - started
 
 @pytest.mark.parametrize("first", ["gevent", "the client"])
 def test_tls_needs_the_patching_first_and_the_error_says_so(receiver: Receiver, tmp_path: Path, first: str) -> None:
-    """Else each attempt ends in a RecursionError of Python's ssl.  The receiver speaks no TLS, which is the other end."""
+    """Else each attempt ends in a RecursionError of Python's ssl.  The receiver speaks no TLS: the other end."""
     needs("gevent")
     code = """
 import sys, warnings
