@@ -33,7 +33,7 @@ from segment_durable.errors import (
     StorageError,
 )
 from segment_durable.records import OutboxStats
-from segment_durable.threads import PatientLock
+from segment_durable.threads import PatientLock as _PatientLock
 from segment_durable.version import VERSION
 
 __all__ = [
@@ -70,13 +70,13 @@ __version__ = VERSION
 default_client: Client | None = None
 """The client behind the calls of this module, made at the first of them; set it to None to have it made anew."""
 
-_lock = PatientLock()
+_lock = _PatientLock()
 
 
 def _after_fork_in_child() -> None:
     # Another thread of the parent may have been making the client.
     global _lock
-    _lock = PatientLock()
+    _lock = _PatientLock()
 
 
 if hasattr(os, "register_at_fork"):

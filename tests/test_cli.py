@@ -649,7 +649,7 @@ def test_an_outbox_in_use_is_not_changed(mixed: Outbox, folder: Path, run: Run) 
 def test_an_idle_outbox_is_not_changed(mixed: Outbox, folder: Path, run: Run) -> None:
     close(mixed)
     before = trace(folder)
-    assert set(before) == {"outbox.db", "outbox.lock"}
+    assert set(before) == {"outbox.db", "outbox.lock", "outbox.reserve"}
     look_at(folder, run)
     assert trace(folder) == before
 
