@@ -137,17 +137,22 @@ def _check_identity(path: Path) -> None:
 
     Opening it would recover its WAL or its journal, which is that application's to do.  "immutable" reads the file
     alone and takes no locks; and it reads by SQLite, which knows that closing a descriptor drops the locks of all.
+    The file alone makes no sense after a checkpoint that was killed half-way: its first page tells whose it is, and no
+    more than that may be asked of one that is ours.
     """
     if os.path.getsize(path) == 0:
         return
     connection = sqlite3.connect(f"file:{quote(str(path))}?immutable=1", uri=True, isolation_level=None)
     try:
+        connection.execute("PRAGMA writable_schema=ON")  # or SQLite reads no file that is shorter than it says
         application: int = connection.execute("PRAGMA application_id").fetchone()[0]
+        if application == APPLICATION_ID:
+            return
         tables: int = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
     finally:
         connection.close()
     unfinished = any(os.path.exists(f"{path}{suffix}") for suffix in ("-wal", "-journal"))
-    if application != APPLICATION_ID and (application or tables or unfinished):
+    if application or tables or unfinished:
         raise NotAnOutbox(path, "is a database of another application; it was not touched: set another outbox_dir")
 
 

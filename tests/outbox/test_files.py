@@ -118,6 +118,25 @@ def test_many_processes_may_create_the_outbox_at_the_same_time(
     assert outbox_factory(write_key="key").pending() == 6
 
 
+def test_a_checkpoint_that_was_killed_half_way_is_no_reason_to_refuse_the_file(
+    worker_factory: Callable[..., Worker], outbox_factory: Callable[..., Outbox], folder: Path, tmp_path: Path
+) -> None:
+    """Without its WAL the file makes no sense then: its first page may tell of pages that are not there yet."""
+    worker = worker_factory()
+    for number in range(200):
+        worker.call("put", b"%d" % number * 200, 1)
+    worker.kill()
+    shutil.copytree(folder, tmp_path / "whole")
+    outbox_factory(folder=tmp_path / "whole").close()  # which makes the checkpoint
+    checkpointed, database = (tmp_path / "whole" / "outbox.db").read_bytes(), folder / "outbox.db"
+    assert len(checkpointed) > len(database.read_bytes())
+    database.write_bytes(checkpointed[:2048] + database.read_bytes()[2048:])
+    assert (folder / "outbox.db-wal").stat().st_size > 0
+    outbox = outbox_factory()
+    assert outbox.pending() == len(outbox.rows(0, 999)) == 200
+    assert outbox.put(b"x", 1)
+
+
 # -- other versions
 
 
