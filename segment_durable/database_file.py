@@ -37,7 +37,7 @@ SCHEMA_VERSION = 1
 PAGE_SIZE = 2048
 # When the WAL has this a checkpoint is due, and a WAL that grew beyond is cut back to it when it starts anew.  A
 # checkpoint costs 6 to 15 ms, most of it in fsync, and the writers wait for it.
-CHECKPOINT_BYTES = 8 << 20
+CHECKPOINT_BYTES = 12 << 20
 # A WAL beyond this, which only a reader that never ends can cause, takes no more events.
 WAL_LIMIT_BYTES = 64 << 20
 READ_CACHE_KIB = 256  # what is read is read once

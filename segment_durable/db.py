@@ -214,6 +214,7 @@ class Database:
                     busy, frames, moved = connection.execute(pragma).fetchone()
             finally:
                 connection.execute(f"PRAGMA busy_timeout={int(BUSY_TIMEOUT * 1000)}")
+            self.needs_checkpoint = False  # again: it was asked for by those who wrote while the WAL was synced
         done = not busy and frames == moved
         self._held_bytes = 0 if done else self.wal_bytes()
         return bool(done)

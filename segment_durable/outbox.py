@@ -343,6 +343,7 @@ class Outbox:
         self.db.wrote(size)
         return moved
 
+    @_with_reserve
     def erase_dead(self, ids: Sequence[int] | None = None) -> int:
         """Remove dead letters, all or those with these ids, for good; how many."""
         with self.db.write() as connection:
@@ -383,6 +384,7 @@ class Outbox:
 
     # -- inside
 
+    @_with_reserve
     def _erase(self, spans: Sequence[tuple[int, int]]) -> int:
         erased = highest = 0
         with self.db.write() as connection:

@@ -94,9 +94,13 @@ class Life:
         self.put(outbox, 2, 100)
         self.close()
         outbox = self.open()
-        db.LOOK_SECONDS = 0.0  # not to wait for the next look
         self.put(outbox, 20, 100)
         self.take(outbox, 1, "ack")
+
+    def go_on(self) -> None:
+        """The fault is over: the same object works again."""
+        assert self.outbox is not None
+        self.put(self.outbox, 2, 100)
         assert self.journal["accepted"][-1:] == [str(self.number - 1)], f"it never worked again: {self.errors[-1]}"
         self.close()
 
@@ -105,17 +109,22 @@ def run(shim: ctypes.CDLL, order: dict[str, Any]) -> None:
     """In a child of its own: what fails here ends it with the traceback in its journal."""
     life = Life(Path(order["folder"]), full=order["full"])
     found: dict[str, Any] = life.journal
+    hits = -1
     try:
         below = os.fsencode(order["folder"])
         shim.shim_arm(below, order["kinds"], order["nth"], order["times"], order["errno"])
         life.live()
+        hits = shim.shim_hits()
+        shim.shim_arm(below, 0, 0, 0, 0)
+        life.go_on()
     except BaseException:
         found["crash"] = traceback.format_exc()
-    found["hits"], found["errors"] = shim.shim_hits(), life.errors
+    found["hits"], found["errors"] = hits, life.errors
     Path(order["journal"]).write_text(json.dumps(found))
 
 
 def main(library: str) -> None:
+    db.LOOK_SECONDS = 0.0  # not to wait until the next attempt to get out of trouble
     shim = ctypes.CDLL(library)
     shim.shim_arm.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_long, ctypes.c_long, ctypes.c_int]
     shim.shim_hits.restype = ctypes.c_long
