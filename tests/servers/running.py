@@ -149,6 +149,13 @@ class Load:
             worker.join()
         assert len(self.acknowledged) >= goal, f"{len(self.acknowledged)} of {goal}, {self.unanswered} unanswered"
 
+    def run_until_workers(self, number: int) -> None:
+        """Until that many worker processes have acknowledged something: recycled and killed ones are replaced."""
+        end = time.monotonic() + PATIENCE
+        while len(set(self.pids)) < number:
+            assert time.monotonic() < end, f"only {len(set(self.pids))} of {number} workers were seen"
+            self.run(10)
+
     def _note(self, answer: dict[str, str | int | None] | None) -> None:
         if answer is None:
             self.unanswered += 1

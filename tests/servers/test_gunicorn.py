@@ -44,6 +44,7 @@ def test_a_worker_killed_under_load(launch: Launch, books: Books, kind: str, pre
     server = start(launch, kind, *preload, EVENTS_AT_IMPORT="track" if preload else "")
     load = Load(server)
     load.run(200, threads=8, halfway=killing)
+    load.run_until_workers(3)  # gunicorn forgets to end a worker that is told so while it starts
     assert load.refused == 0
     books.wait_until_all_arrived(load.acknowledged)
     server.end()
@@ -55,7 +56,7 @@ def test_workers_that_are_recycled(launch: Launch, books: Books, kind: str) -> N
     server = start(launch, kind, "--preload", "--max-requests", "25", EVENTS_AT_IMPORT="client")
     load = Load(server)
     load.run(150)
+    load.run_until_workers(5)
     assert load.refused == 0
-    assert len(set(load.pids)) >= 4
     server.end()
     books.check(load.acknowledged)
