@@ -59,7 +59,7 @@ class Database:
         self.folder = folder
         self.path = folder / DATABASE_NAME
         self._wal_path = folder / f"{DATABASE_NAME}-wal"
-        self._full = full
+        self.full = full  # sync at each commit
         self._closed = False
         self._connection: sqlite3.Connection | None = None
         self._reading: sqlite3.Connection | None = None
@@ -167,7 +167,7 @@ class Database:
     @property
     def is_unsynced(self) -> bool:
         """Whether a commit may not have reached the disk yet: always False with `full`."""
-        return self._dirty and not self._full
+        return self._dirty and not self.full
 
     def sync(self) -> None:
         """Bring all commits so far to the disk.
@@ -176,7 +176,7 @@ class Database:
         SQLite keeps no locks on the WAL file, so opening and closing it here breaks none.
         """
         self._dirty = False
-        if self._full:
+        if self.full:
             return
         try:
             fd = os.open(self._wal_path, os.O_RDWR | getattr(os, "O_CLOEXEC", 0))
@@ -407,11 +407,11 @@ class Database:
         self.lock.acquire(WRITE_TIMEOUT)
         try:
             try:
-                connection = connect(self.path, full=self._full)
+                connection = connect(self.path, full=self.full)
             except sqlite3.Error:
                 if not self.reserve.free():  # opening takes space as well
                     raise
-                connection = connect(self.path, full=self._full)
+                connection = connect(self.path, full=self.full)
             self._limit_pages(connection, _SPARE_PAGES)
             self._connection = connection
             if not self.reserve.make():

@@ -8,6 +8,7 @@ value means the same on either.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -278,12 +279,10 @@ def _name(value: Any) -> str:
     kind = _text(type.__dict__["__qualname__"].__get__(type(value)))  # whatever a metaclass says
     if kind not in _WARNED and len(_WARNED) < _MAX_WARNED:
         _WARNED.add(kind)
-        try:
+        with contextlib.suppress(Exception):  # of a log handler of the application's
             log.warning(
                 "a value of type %s has no JSON form: its name is sent in its place (said once for a type)", kind
             )
-        except Exception:
-            pass  # a handler of the application's that fails
     try:
         name = value.__qualname__
         return _text(name) if isinstance(name, str) else kind

@@ -57,9 +57,11 @@ class _Put:
 class Intake:
     """Appends events to the table `event` of `database`; an `Outbox` has one.
 
-    Of the threads that come while another writes, the first waits for the writer lock and then commits the events of
-    all; the others wait for it.  Were they to wait for the lock too, those whose event is committed could not return
-    before they had it, while the fastest thread took it again and again for its own event alone.
+    Threads that come while another writes wait for the writer lock, and the first to get it commits the events of all.
+    Where each commit waits for the disk only the first waits for the lock, and the others for it: those whose event is
+    committed could not return before they had the lock, while the fastest thread took it again and again for its own
+    event alone (6,500 events a second from 16 threads, and 11,000 so).  Without that wait it is the other way round: it
+    is quicker to let the thread that runs go on than to wake each for its turn (26,000 from 8 threads, and 18,000 so).
     """
 
     def __init__(self, database: Database) -> None:
@@ -107,7 +109,7 @@ class Intake:
         if mutex.acquire(False):
             return True
         in_time = True
-        if not self._is_first_ours():
+        if self._db.full and not self._is_first_ours():
             in_time = put.wait(WRITE_TIMEOUT)
             if put.accepted is not None or put.error is not None:
                 return False

@@ -6,6 +6,7 @@ what is sent: a message is encoded once.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
@@ -110,10 +111,8 @@ def _event_name(name: str, value: Any) -> str:
 
 def _optional_text(name: str, value: Any) -> str | None:
     if _is_a(str, value):
-        try:
+        with contextlib.suppress(Exception):  # of what only claims to be one
             return "".join((value,)) or None  # an exact str, as above
-        except Exception:
-            pass  # it only claims to be one
     elif _is_empty(value):
         return None
     raise InvalidMessage(name, f"must be a str, got {type(value).__name__}")

@@ -24,7 +24,7 @@ MEBI = 1 << 20
 
 # Tells each event that was acknowledged; forks now and then, and ends as it was told to, or by a SIGKILL from outside.
 WORKER = """
-import os, random, sys, time
+import os, random, sys, threading, time
 import segment_durable as analytics
 
 name, url, folder, end, life = *sys.argv[1:5], float(sys.argv[5])
@@ -32,7 +32,7 @@ analytics.write_key, analytics.host, analytics.outbox_dir = "test-key", url, fol
 analytics.max_queue_size, analytics.upload_size, analytics.upload_interval = 0, 20, 0.05
 analytics.timeout, analytics.lease_seconds, analytics.shutdown_timeout = 1, 2, 1
 chance = random.Random(name)
-pid = os.getpid()
+pace = threading.Event()  # that nobody sets
 
 
 def track(count, who):
@@ -41,7 +41,7 @@ def track(count, who):
         accepted, _ = analytics.track(name, "e", {"n": number}, message_id=message_id)
         if accepted:
             os.write(1, f"{message_id}\\n".encode())
-        time.sleep(0.02)
+        pace.wait(0.02)
 
 
 started, round_ = time.monotonic(), 0
@@ -58,7 +58,7 @@ while time.monotonic() - started < life:
         os.waitpid(child, 0)
     if chance.random() < 0.05:
         analytics.flush(0.1)
-    time.sleep(chance.random() / 5)
+    pace.wait(chance.random() / 5)
 if end == "shutdown":
     analytics.shutdown(1)
 elif end == "abort":

@@ -157,7 +157,6 @@ def test_clients_are_told_of_the_reader_once_and_work_again_by_themselves(
     process.communicate("\n", timeout=30)
     while not client.track("u", "e")[0]:
         assert time.monotonic() < end
-        time.sleep(0.001)
 
 
 def test_a_long_wal_is_cut_when_the_reader_ends(

@@ -46,12 +46,12 @@ def program(name: str) -> str | None:
 
 
 def eventually(condition: Callable[[], bool]) -> bool:
-    """Look until that is true; False if it does not become so."""
-    end = time.monotonic() + PATIENCE
+    """Poll until that is true, for other programs give no signal; False if it does not become so."""
+    end, pause = time.monotonic() + PATIENCE, threading.Event()
     while not condition():
         if time.monotonic() > end:
             return False
-        time.sleep(0.02)
+        pause.wait(0.02)
     return True
 
 
