@@ -226,6 +226,11 @@ class Database:
             self.wrote(pages * PAGE_SIZE)
         return free > pages
 
+    def is_mostly_free(self) -> bool:
+        """Whether more than half of the database's pages are free."""
+        (free,), (pages,) = self.read_one("PRAGMA freelist_count"), self.read_one("PRAGMA page_count")
+        return bool(2 * free > pages)
+
     def wal_bytes(self) -> int:
         return _size(self._wal_path)
 

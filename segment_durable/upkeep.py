@@ -20,8 +20,9 @@ __all__ = ["Upkeep"]
 log = logging.getLogger("segment.durable.upkeep")
 
 SYNC_SECONDS = 0.25  # from a commit to its sync; with the sync itself well below half a second
-_QUIET_SECONDS = 1.0  # without a write, after which space is given back
+_QUIET_SECONDS = 1.0  # without a write, after which all space is given back
 _TIDY_PAGES = 256  # given back in one transaction: half a megabyte, about a millisecond
+_BUSY_PAGES = 1024  # given back at once while there are writers, who wait for it: 2 to 3 ms
 _TIDY_BYTES = 4 << 20  # files below this are left as they are
 
 
@@ -85,8 +86,9 @@ class Upkeep:
                 self._written.set()  # puts are refused, so none will say so
                 self._clock.wait(self._ending, LOOK_SECONDS)
                 continue
-            if not self._clock.wait(self._written, _QUIET_SECONDS) and self._is_untidy():
-                self._tidy()
+            is_quiet = not self._clock.wait(self._written, _QUIET_SECONDS)
+            if self._is_untidy():
+                self._tidy(is_quiet)
 
     def _sync(self, *, checkpoint: bool = True) -> bool:
         try:
@@ -104,11 +106,15 @@ class Upkeep:
             return False
         return self._database.size_on_disk() > _TIDY_BYTES or self._database.wal_bytes() > self._database.reserve.size
 
-    def _tidy(self) -> None:
+    def _tidy(self, is_quiet: bool) -> None:
+        """Give back what is free; beside writers in small steps, and only if it is more than what they use again."""
         try:
-            while self._database.give_back_space(_TIDY_PAGES):
-                if self._ending.is_set() or self._due.is_set():
-                    return
+            if is_quiet:
+                while self._database.give_back_space(_TIDY_PAGES):
+                    if self._ending.is_set() or self._due.is_set():
+                        return
+            elif not self._database.is_mostly_free() or self._database.give_back_space(_BUSY_PAGES):
+                return
             if self._database.wal_bytes() > self._database.reserve.size:
                 self._database.checkpoint(truncate=True)
         except OutboxError as problem:

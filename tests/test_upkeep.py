@@ -198,6 +198,25 @@ def test_space_comes_back_after_a_drain(outbox: Outbox, keeper: Upkeep, monkeypa
     assert outbox.db.size_on_disk() < 1_000_000
 
 
+def test_space_comes_back_also_where_it_is_never_quiet(
+    outbox: Outbox, keeper: Upkeep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upkeep, "SYNC_SECONDS", 0.001)
+    body = b'"%b"' % (b"x" * 30_000)
+    for _ in range(700):
+        outbox.put(body, 1)
+    assert outbox.db.size_on_disk() > 15_000_000
+    while isinstance(lease := outbox.lease(100, 60), Lease):
+        outbox.ack(lease, lease.last)
+    end = time.monotonic() + 60
+    while outbox.db.size_on_disk() > upkeep._TIDY_BYTES:
+        assert time.monotonic() < end
+        assert outbox.put(b'"small"', 1)
+        lease = outbox.lease(100, 60)
+        assert isinstance(lease, Lease)
+        outbox.ack(lease, lease.last)
+
+
 def test_stopping_does_not_wait_for_quiet(outbox: Outbox) -> None:
     """Every shutdown of a client that has just written would take a second longer."""
     late: list[float] = []

@@ -1,0 +1,164 @@
+"""One sender thread: waits for a batch to fill, has it delivered step by step, and waits as a step says."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+
+from segment_durable.clock import Clock
+from segment_durable.config import Config
+from segment_durable.delivery import Delivery, Step
+from segment_durable.errors import OutboxError
+from segment_durable.limiter import Limiter
+from segment_durable.outbox import Outbox
+from segment_durable.threads import start_thread
+
+__all__ = ["Worker"]
+
+log = logging.getLogger("segment.durable.sender")
+
+_LOOK = 0.5  # seconds between looks at the outbox when idle: for the events of other processes, and for lost wake-ups
+_TROUBLE_WAIT = 1.0  # seconds after an error of the outbox
+_NEVER = 1 << 62
+
+
+class Worker:
+    """One sender thread, with its own delivery and so its own connections.
+
+    It has a thread and is none: gevent's patching replaces the class `threading.Thread`, and of a subclass made before
+    that nobody would learn that it has ended.
+    """
+
+    def __init__(
+        self,
+        note: Callable[[Step], None],
+        outbox: Outbox,
+        config: Config,
+        clock: Clock,
+        make_delivery: Callable[[], Delivery],
+    ) -> None:
+        self._note = note
+        self._outbox = outbox
+        self._config = config
+        self._clock = clock
+        self._make_delivery = make_delivery
+        self._delivery: Delivery | None = None
+        self._thread: threading.Thread | None = None
+        self.event = threading.Event()
+        self.appended = 0
+        self.wake_at = 1  # events appended that wake the thread
+        self._flush_to: list[int] = []
+        self._hurry = False
+        self._trouble = Limiter(60.0, clock)
+        self._on_end: list[Callable[[], None]] = []
+        self._end_lock = threading.Lock()
+        self._ended = False
+        self.stopping = False
+
+    def start(self) -> bool:
+        """Whether a thread could be started."""
+        thread = start_thread(self._run, "segment-durable-sender")
+        self._thread = self._thread or thread
+        return thread is not None
+
+    def is_alive(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def is_current(self) -> bool:
+        return self._thread is threading.current_thread()
+
+    def join(self, timeout: float) -> None:
+        if self._thread is not None:
+            self._thread.join(timeout)
+
+    def hurry_to(self, target: int) -> None:
+        self._flush_to.append(target)
+        self._hurry = True
+        self.event.set()
+
+    def hurried(self, target: int) -> None:
+        self._flush_to.remove(target)
+
+    def stop(self, then: Callable[[], None]) -> None:
+        with self._end_lock:
+            ended = self._ended
+            if not ended:
+                self._on_end.append(then)
+        self.stopping = True
+        self.event.set()
+        if ended:
+            then()
+
+    def _run(self) -> None:
+        self._thread = threading.current_thread()
+        try:
+            while not self.stopping:
+                self._arm(1)
+                if self._is_under_way() or self._fill():
+                    self._wait_after(self._step())
+        finally:
+            if self._delivery is not None:
+                self._delivery.close()
+            with self._end_lock:
+                self._ended = True
+                callbacks = list(self._on_end)
+            for callback in callbacks:
+                callback()
+
+    def _is_under_way(self) -> bool:
+        return self._delivery is not None and self._delivery.is_under_way
+
+    def _step(self) -> Step:
+        hurry, self._hurry = self._hurry, False
+        try:
+            # Made in this thread, at the first need: it imports what the callers don't need.
+            self._delivery = self._delivery or self._make_delivery()
+            step = self._delivery.step(hurry=hurry)
+        except BaseException as problem:
+            # Trouble with the disk, a callback that calls sys.exit(), or a defect of ours: none of them may end
+            # delivery for good.  "exhausted", because a flush must not wait for what may not end.
+            self._complain(problem, exc_info=not isinstance(problem, OutboxError))
+            step = Step("failed", seconds=_TROUBLE_WAIT, exhausted=True)
+        self._note(step)
+        return step
+
+    def _wait_after(self, step: Step) -> None:
+        if step.progress or self.stopping:
+            return
+        if step.kind != "empty":
+            self._arm(_NEVER)  # new events change nothing: wait for the time, a flush or the end
+            if self._hurry or self.stopping:
+                return
+        self._clock.wait(self.event, _LOOK if step.seconds is None else min(step.seconds, 3600.0))
+
+    def _fill(self) -> bool:
+        """Wait until the next batch is full, for `upload_interval` at most; False to look again.
+
+        Nothing is waited for while a flush is on.
+        """
+        end = None
+        while not self.stopping:
+            try:
+                pending = self._outbox.pending()
+            except OutboxError:
+                return True  # the step meets the same trouble and reports it
+            missing = self._config.upload_size - pending
+            now = self._clock.boot()
+            end = now + self._config.upload_interval if end is None else end
+            if pending == 0 or missing <= 0 or self._flush_to or now >= end:
+                return True
+            self._arm(missing)
+            if not self._flush_to and not self.stopping:
+                self._clock.wait(self.event, end - now)
+        return False
+
+    def _arm(self, events: int) -> None:
+        self.event.clear()
+        self.appended = 0
+        self.wake_at = events
+
+    def _complain(self, problem: BaseException, *, exc_info: bool) -> None:
+        times = self._trouble.tick()
+        if times:
+            log.error("delivery is held up (%d times): %s", times, problem, exc_info=exc_info)
