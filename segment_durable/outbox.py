@@ -26,15 +26,16 @@ import os
 import secrets
 import sqlite3
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from segment_durable.backoff import current_backoff, end_backoff, store_backoff
 from segment_durable.clock import Clock
 from segment_durable.db import WRITE_TIMEOUT, Database
 from segment_durable.errors import SourceMismatch, StorageError
 from segment_durable.intake import Intake
+from segment_durable.leases import AHEAD, between, end_lease, first_free, shrink, take_over
 from segment_durable.records import Backoff, DeadLetter, Lease, NotNow, OutboxStats, Row
 from segment_durable.views import LEASES, TOTALS, read_backoff, read_stats
 
@@ -51,17 +52,6 @@ _JOINED = """
 SELECT count(*), min(id), max(id), CAST(group_concat(body, ',') AS BLOB)
 FROM (SELECT id, body FROM event WHERE id BETWEEN ? AND ? ORDER BY id LIMIT ?)
 """
-
-# The first events from an id on, before another: the ids of the first and of the last of at most so many.
-_RANGE = """
-SELECT low, (SELECT max(id) FROM event WHERE id < min(?, low + ?))
-FROM (SELECT min(id) AS low FROM event WHERE id >= ? AND id < ?)
-"""
-
-
-# The same, and how many leases there are: mostly none, and then this one look is all that a lease takes.
-_AHEAD = _RANGE.replace("SELECT low,", "SELECT (SELECT count(*) FROM lease), low,", 1)
-
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -126,24 +116,24 @@ class Outbox:
             return NotNow("empty", None)  # found out without waiting for the writers
         with self.db.write(_PATIENCE) as connection:
             now = self._clock.boot()
-            before = self._current_backoff(connection, now)
+            before = current_backoff(connection, self._clock)
             if before.not_before > now and not (hurry and not before.told):
                 return NotNow("backoff", before.not_before - now, before.reported)
-            count, low, high = connection.execute(_AHEAD, (_NO_LIMIT, limit, 0, _NO_LIMIT)).fetchone()
+            count, low, high = connection.execute(AHEAD, (_NO_LIMIT, limit, 0, _NO_LIMIT)).fetchone()
             living: list[Any] = []
             dead: list[Any] = []
             if count:
                 living, dead = self._sort_leases(connection, now)
                 if len(living) >= max_leases:
                     return NotNow("leased", _BUSY_LOOK)
-                span = _first_free(connection, living, limit)
+                span = first_free(connection, living, limit)
             else:
                 span = None if low is None else (low, high)
             if span is None:
                 return NotNow("leased", _BUSY_LOOK) if living else NotNow("empty", None)
             first, last = span
             attempts = [before.failures + (before.first_throttle is not None)]
-            attempts += _take_over(connection, dead, first, last)
+            attempts += take_over(connection, dead, first, last)
             lease = Lease(secrets.token_bytes(16), first, last, max(attempts), now + seconds)
             connection.execute(
                 "INSERT INTO lease (first_id, last_id, token, attempt, holder, pid, boot_id, leased_at, deadline) "
@@ -201,19 +191,19 @@ class Outbox:
         How many were deleted, or None if the lease was lost and nothing was.
         """
         with self.db.write(_PATIENCE) as connection:
-            if through == lease.last and self._end_lease(connection, lease):
+            if through == lease.last and end_lease(connection, lease):
                 first, last = lease.first, lease.last
             else:
                 found = self._fence(connection, lease, through)
                 if found is None:
                     return None
                 first, last = found
-                self._shrink(connection, lease, through, last)
+                shrink(connection, lease, through, last)
             deleted = connection.execute("DELETE FROM event WHERE id BETWEEN ? AND ?", (first, through)).rowcount
             connection.execute(
                 "UPDATE state SET delivered = delivered + ?, last_id = max(last_id, ?)", (deleted, through)
             )
-            self._end_backoff(connection)
+            end_backoff(connection, self._clock)
         if through >= last:
             self.db.lock.held.discard(lease.token)
         return deleted
@@ -238,8 +228,8 @@ class Outbox:
             ).rowcount
             connection.execute("DELETE FROM event WHERE id = ?", (event_id,))
             connection.execute("UPDATE state SET buried = buried + ?, last_id = max(last_id, ?)", (moved, event_id))
-            self._end_backoff(connection)
-            self._shrink(connection, lease, event_id, found[1])
+            end_backoff(connection, self._clock)
+            shrink(connection, lease, event_id, found[1])
         if event_id >= found[1]:
             self.db.lock.held.discard(lease.token)
         return True
@@ -253,7 +243,7 @@ class Outbox:
         with self.db.write(_PATIENCE) as connection:
             removed = connection.execute("DELETE FROM lease WHERE token = ?", (lease.token,)).rowcount
             if removed and backoff is not None:
-                self._store_backoff(connection, backoff)
+                store_backoff(connection, self._clock, backoff)
         self.db.lock.held.discard(lease.token)
         return bool(removed)
 
@@ -390,7 +380,7 @@ class Outbox:
         with self.db.write() as connection:
             living, _ = self._sort_leases(connection, self._clock.boot())
             for first, last in spans:
-                for low, high in _between(living, first, last):
+                for low, high in between(living, first, last):
                     (top,) = connection.execute(
                         "SELECT max(id) FROM event WHERE id BETWEEN ? AND ?", (low, high)
                     ).fetchone()
@@ -414,29 +404,6 @@ class Outbox:
             raise SourceMismatch(
                 self.db.folder, "this outbox belongs to another write_key: give each source an outbox_dir of its own"
             )
-
-    def _current_backoff(self, connection: sqlite3.Connection, now: float) -> Backoff:
-        """The shared backoff; after a restart of the machine it becomes, once, one of times of its boot clock.
-
-        Going by the wall clock at each look would wait for ever on a machine that wakes up in 1970.
-        """
-        backoff = read_backoff(connection, self._clock)
-        if backoff.restarted:
-            backoff = replace(backoff, restarted=False)
-            self._store_backoff(connection, backoff)
-        return backoff
-
-    def _store_backoff(self, connection: sqlite3.Connection, backoff: Backoff) -> None:
-        wall = self._clock.time() + max(0.0, backoff.not_before - self._clock.boot())
-        connection.execute(
-            "UPDATE backoff SET boot_id = ?, not_before = ?, not_before_wall = ?, told = ?, failures = ?, "
-            "first_failure = ?, first_throttle = ?, reported = ?, last_error = ?, last_error_at = ?",
-            (
-                *(self._clock.boot_id(), backoff.not_before, wall, backoff.told, backoff.failures),
-                *(backoff.first_failure, backoff.first_throttle, backoff.reported),
-                *(backoff.last_error, round(backoff.last_error_at * 1000)),
-            ),
-        )
 
     def _sort_leases(self, connection: sqlite3.Connection, now: float) -> tuple[list[Any], list[Any]]:
         living: list[Any] = []
@@ -462,77 +429,6 @@ class Outbox:
         if not first <= through <= last:
             raise ValueError(f"event {through} is not within the lease of {first} to {last}")
         return first, last
-
-    def _end_backoff(self, connection: sqlite3.Connection) -> None:
-        """The receiver took or judged something, so it is there again.
-
-        A wait that it has asked for meanwhile, in an answer to another sender, holds nevertheless.
-        """
-        connection.execute(
-            "UPDATE backoff SET not_before = 0, not_before_wall = 0, told = 0, failures = 0, first_failure = NULL, "
-            "first_throttle = NULL, reported = 0 "
-            "WHERE (failures > 0 OR told OR reported OR not_before > 0 OR first_throttle IS NOT NULL) "
-            "AND NOT (told AND not_before > ? AND boot_id = ?)",
-            (self._clock.boot(), self._clock.boot_id()),
-        )
-
-    def _end_lease(self, connection: sqlite3.Connection, lease: Lease) -> bool:
-        """Remove the lease if it is still as it was given, fence and removal in one statement."""
-        return bool(
-            connection.execute(
-                "DELETE FROM lease WHERE first_id = ? AND token = ? AND last_id = ?",
-                (lease.first, lease.token, lease.last),
-            ).rowcount
-        )
-
-    def _shrink(self, connection: sqlite3.Connection, lease: Lease, through: int, last: int) -> None:
-        if through >= last:
-            connection.execute("DELETE FROM lease WHERE token = ?", (lease.token,))
-        else:
-            connection.execute("UPDATE lease SET first_id = ? WHERE token = ?", (through + 1, lease.token))
-
-
-def _take_over(connection: sqlite3.Connection, dead: Sequence[Any], first: int, last: int) -> list[int]:
-    """Take the events `first` to `last` out of the dead leases; the attempts that were made for them.
-
-    What nobody takes now stays on record, for its attempts, under a token that nobody has: its holder may only be
-    frozen, and must not acknowledge any of it when it wakes.
-    """
-    attempts = []
-    for first_id, last_id, token, attempt, *_ in dead:
-        if last_id < first:
-            connection.execute("DELETE FROM lease WHERE token = ?", (token,))  # all of its events have left
-        elif first_id <= last:
-            attempts.append(attempt + 1)
-            if last_id <= last:
-                connection.execute("DELETE FROM lease WHERE token = ?", (token,))
-            else:
-                connection.execute(
-                    "UPDATE lease SET first_id = ?, token = ? WHERE token = ?",
-                    (last + 1, secrets.token_bytes(16), token),
-                )
-    return attempts
-
-
-def _first_free(connection: sqlite3.Connection, living: Sequence[Any], limit: int) -> tuple[int, int] | None:
-    """The first range of at most `limit` ids, with an event at each end, that no living lease covers."""
-    start = 0
-    for first, last, *_ in [*living, (_NO_LIMIT, _NO_LIMIT)]:
-        low, high = connection.execute(_RANGE, (first, limit, start, first)).fetchone()
-        if low is not None:
-            return low, high
-        start = last + 1
-    return None
-
-
-def _between(living: Sequence[Any], first: int, last: int) -> list[tuple[int, int]]:
-    """The parts of the range of ids from `first` to `last` that no living lease covers."""
-    parts = []
-    for low, high, *_ in [*living, (last + 1, last + 1)]:
-        if first < low and first <= last:
-            parts.append((first, min(low - 1, last)))
-        first = max(first, high + 1)
-    return parts
 
 
 def _digest(salt: str, write_key: str) -> str:
