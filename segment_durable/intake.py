@@ -46,7 +46,7 @@ class _Put:
         self._turn.acquire()
 
     def wait(self, seconds: float) -> bool:
-        """Wait until it is done, or the first of those who wait; False if that takes too long."""
+        """Wait until it may be done, or the first of those who wait; False if that takes too long."""
         return self._turn.acquire(timeout=seconds)
 
     def wake(self) -> None:
@@ -119,14 +119,16 @@ class Intake:
             self._wake_first()
             raise OutboxBusy(f"another thread has been writing to the outbox for {WRITE_TIMEOUT:g} s")
         # The thread that writes has just taken it along: see how that ends.
-        if not put.wait(2 * WRITE_TIMEOUT):
-            raise OutboxBusy("another thread is still writing this event to the outbox")
+        while put.accepted is None and put.error is None:
+            if not put.wait(2 * WRITE_TIMEOUT):
+                raise OutboxBusy("another thread is still writing this event to the outbox")
         return False
 
     def _is_first_ours(self) -> bool:
-        """Whether the first of those who wait is of this thread, which may be another put than the one at hand:
+        """Whether the first of those who wait is of this thread.
 
-        a signal handler can't wait for what the call that it has interrupted was about to do.
+        That may be another put than the one at hand: a signal handler can't wait for what the call that it has
+        interrupted was about to do.
         """
         try:
             return self._waiting[0].thread == get_ident()

@@ -450,3 +450,37 @@ def test_the_last_process_that_is_killed_leaves_all_its_events(
     accepted = worker.call("put_many", 50, b"", 0)
     worker.kill()
     assert bodies(outbox_factory()) == accepted
+
+
+def test_a_put_that_was_taken_along_waits_for_the_end_of_that_also_if_it_is_woken_before(
+    outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever leaves wakes the first of those who wait, and that it is the first is no answer."""
+    monkeypatch.setattr("segment_durable.intake.WRITE_TIMEOUT", 0.05)
+    waits: list[float] = []
+
+    def wait(self: Any, seconds: float) -> bool:
+        waits.append(seconds)
+        if len(waits) == 2:
+            self.accepted = True
+        return True
+
+    monkeypatch.setattr("segment_durable.intake._Put.wait", wait)
+    monkeypatch.setattr(outbox._intake, "_withdraw", lambda put: False)  # another thread has taken it along
+    entered, leave = threading.Event(), threading.Event()
+
+    def stay() -> None:
+        with outbox.db.write():
+            entered.set()
+            leave.wait(30)
+
+    thread = threading.Thread(target=stay)
+    thread.start()
+    assert entered.wait(30)
+    try:
+        assert outbox.put(b"x", 1) is True
+    finally:
+        outbox._intake._waiting.clear()
+        leave.set()
+        thread.join(30)
+    assert len(waits) == 2
