@@ -20,6 +20,8 @@ KINDS = {
 def start(launch: Launch, kind: str, *options: str, **environment: str) -> Server:
     needs("gunicorn", *(["gevent"] if kind == "gevent" else []))
     command = [sys.executable, "-m", "gunicorn", "--bind", "127.0.0.1:0", "--workers", "2", "--no-control-socket"]
+    # gunicorn forgets to end a worker that is told so while it starts, and kills it after this many seconds.
+    command += ["--graceful-timeout", "10"]
     server = launch([*command, *KINDS[kind], *options, "wsgi:application"], **environment)
     server.wait_until_up()
     return server
@@ -33,6 +35,7 @@ def test_a_clean_life(launch: Launch, books: Books, kind: str, at_import: str) -
     server = start(launch, kind, *options, EVENTS_AT_IMPORT=at_import)
     load = Load(server)
     load.run(200, threads=8)
+    load.run_until_workers(2)
     assert load.refused == load.unanswered == 0
     server.end()
     books.check(load.acknowledged)
@@ -44,7 +47,7 @@ def test_a_worker_killed_under_load(launch: Launch, books: Books, kind: str, pre
     server = start(launch, kind, *preload, EVENTS_AT_IMPORT="track" if preload else "")
     load = Load(server)
     load.run(200, threads=8, halfway=killing)
-    load.run_until_workers(3)  # gunicorn forgets to end a worker that is told so while it starts
+    load.run_until_workers(3)
     assert load.refused == 0
     books.wait_until_all_arrived(load.acknowledged)
     server.end()
