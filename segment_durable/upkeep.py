@@ -21,8 +21,11 @@ log = logging.getLogger("segment.durable.upkeep")
 
 SYNC_SECONDS = 0.25  # from a commit to its sync; with the sync itself well below half a second
 _QUIET_SECONDS = 1.0  # without a write, after which all space is given back
-_TIDY_PAGES = 256  # given back in one transaction: half a megabyte, about a millisecond
-_BUSY_PAGES = 1024  # given back at once while there are writers, who wait for it: 2 to 3 ms
+# What one transaction that gives space back may take: writers wait for it.  A free page at the end of the file costs some
+# microseconds, a page in use milliseconds if many are free: SQLite searches the free list from its head for one below.
+_TIDY_SECONDS = 0.004
+_TIDY_PAGES = 4096  # and at most
+_TIDY_REST = 0.002  # seconds between two, in which writers come
 _TIDY_BYTES = 4 << 20  # files below this are left as they are
 
 
@@ -107,14 +110,17 @@ class Upkeep:
         return self._database.size_on_disk() > _TIDY_BYTES or self._database.wal_bytes() > self._database.reserve.size
 
     def _tidy(self, is_quiet: bool) -> None:
-        """Give back what is free; beside writers in small steps, and only if it is more than what they use again."""
+        """Give back what is free in small steps; beside writers only if it is more than what they use again."""
         try:
-            if is_quiet:
-                while self._database.give_back_space(_TIDY_PAGES):
-                    if self._ending.is_set() or self._due.is_set():
-                        return
-            elif not self._database.is_mostly_free() or self._database.give_back_space(_BUSY_PAGES):
+            if not is_quiet and not self._database.is_mostly_free():
                 return
+            pages, began = 64, self._clock.boot()
+            while self._database.give_back_space(pages):
+                took = self._clock.boot() - began
+                pages = next_step(pages, took)
+                if self._clock.wait(self._ending, _TIDY_REST) or self._due.is_set():
+                    return
+                began = self._clock.boot()
             if self._database.wal_bytes() > self._database.reserve.size:
                 self._database.checkpoint(truncate=True)
         except OutboxError as problem:
@@ -124,6 +130,12 @@ class Upkeep:
         times = self._trouble.tick()
         if times:
             log.error("the outbox's files can't be kept in order (%d times): %s", times, problem)
+
+
+def next_step(pages: int, took: float) -> int:
+    """How many pages to give back after a step of `pages` that took so many seconds."""
+    wanted = 2 * pages if took < _TIDY_SECONDS / 2 else int(pages * _TIDY_SECONDS / took)
+    return max(1, min(wanted, _TIDY_PAGES))
 
 
 def _nothing() -> None:
