@@ -21,8 +21,8 @@ log = logging.getLogger("segment.durable.upkeep")
 
 SYNC_SECONDS = 0.25  # from a commit to its sync; with the sync itself well below half a second
 _QUIET_SECONDS = 1.0  # without a write, after which all space is given back
-# What one transaction that gives space back may take: writers wait for it.  A free page at the end of the file costs some
-# microseconds, a page in use milliseconds if many are free: SQLite searches the free list from its head for one below.
+# What one transaction that gives space back may take, for writers wait for it.  A free page at the file's end takes
+# microseconds, a page in use milliseconds if many are free: SQLite looks through the list of them for one further down.
 _TIDY_SECONDS = 0.004
 _TIDY_PAGES = 4096  # and at most
 _TIDY_REST = 0.002  # seconds between two, in which writers come
