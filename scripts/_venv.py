@@ -15,8 +15,8 @@ PYTHON = os.path.join(VENV, "Scripts" if os.name == "nt" else "bin", "python.exe
 OLDEST = (3, 10)
 
 
-def say(text):
-    print(text, flush=True)
+def say(text, file=None):
+    print(text, file=file or sys.stdout, flush=True)
 
 
 def fail(text):
@@ -37,7 +37,7 @@ def run_inside(extras=""):
         _make(_find_python())
     if _read(stamp) != wanted:
         target = ROOT + ("[%s]" % extras if extras else "")
-        say("Installing the project and what it needs into .venv (once; takes a minute) ...")
+        say("Installing the project and what it needs into .venv (once; takes a minute) ...", sys.stderr)
         command = [PYTHON, "-m", "pip", "install", "--disable-pip-version-check", "--quiet", "--editable", target]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True)
         if done.returncode:
@@ -45,7 +45,7 @@ def run_inside(extras=""):
             fail("pip could not install the project: see its words above (is there a way to the package index?)")
         with open(stamp, "w") as file:
             file.write(wanted)
-        say("Installed.")
+        say("Installed.", sys.stderr)
     os.environ["SEGMENT_DURABLE_IN_VENV"] = "1"
     arguments = [PYTHON, os.path.abspath(sys.argv[0]), *sys.argv[1:]]
     sys.stdout.flush()
@@ -86,7 +86,7 @@ def _find_python():
 
 
 def _make(python):
-    say("Making a virtual environment in .venv ...")
+    say("Making a virtual environment in .venv ...", sys.stderr)
     shutil.rmtree(VENV, ignore_errors=True)
     done = subprocess.run(
         [python, "-m", "venv", VENV], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True

@@ -116,6 +116,40 @@ def end_to_end(threads: int, count: int = 40_000) -> float:
     return count / (seconds + time.perf_counter() - started)
 
 
+def processes(count: int = 10_000) -> float:
+    """Events a second of SIZE processes on one outbox that track at the same time."""
+    command = [sys.executable, __file__, "writer", LIBRARY, URL, FOLDER]
+    writers = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(int(SIZE))
+    ]
+    for each in writers:
+        assert each.stdout is not None
+        assert each.stdout.readline() == "ready\n"
+    started = time.perf_counter()
+    for each in writers:
+        assert each.stdin is not None
+        each.stdin.write(f"{count}\n")
+        each.stdin.flush()
+    for each in writers:
+        assert each.stdout is not None
+        assert each.stdout.readline() == "done\n"
+    seconds = time.perf_counter() - started
+    for each in writers:
+        each.communicate()
+    return count * len(writers) / seconds
+
+
+def writer() -> float:
+    """One of `processes`."""
+    analytics = idle_client(max_queue_size=0)
+    analytics.track("f4ca124298", "Signed Up", PROPERTIES)
+    print("ready", flush=True)
+    for _ in range(int(sys.stdin.readline())):
+        analytics.track("f4ca124298", "Signed Up", PROPERTIES)
+    print("done", flush=True)
+    return 0.0
+
+
 def backlog(count: int = 100_000) -> float:
     """Events a second of what is queued already, with nobody calling."""
     first = idle_client(max_queue_size=count)
@@ -327,6 +361,8 @@ def floor_post(count: int = 300) -> float:
 CASES: dict[str, Callable[[], float]] = {
     "track": track,
     "track_full": track_full,
+    "processes": processes,
+    "writer": writer,
     "full_threads": full_threads,
     "cpu": cpu,
     "start": start,

@@ -45,6 +45,7 @@ ROWS = [
     Row("... by 16 threads", "full_threads:16", "full_threads:1", "events/s", True),
     Row("tracked and delivered, one caller", "end_to_end_1", UPSTREAM, "events/s", True, True),
     Row("tracked and delivered, eight threads", "end_to_end_8", UPSTREAM, "events/s", True, True),
+    Row("tracked by eight processes", "processes:8", "processes:1", "events/s", True),
     Row("CPU for a million events, one caller", "cpu", UPSTREAM, "s", False, True),
     Row("a backlog of 100,000 delivered", "backlog", UPSTREAM, "events/s", True, True),
     Row("... against bare posts of 100", "backlog", "floor_post", "events/s", True, True),
@@ -80,7 +81,12 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=7, help="pairs of runs for each row (7)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--plots", action="store_true", help="make the plots of docs/performance.md instead")
+    parser.add_argument("--profile", action="store_true", help="show where the time goes instead")
     options = parser.parse_args()
+    if options.profile:
+        import bench_profile
+
+        return bench_profile.main()
     if options.plots:
         import bench_plots
 
