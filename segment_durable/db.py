@@ -90,12 +90,9 @@ class Database:
     # -- transactions
 
     @contextlib.contextmanager
-    def write(self, patience: float = 0.0) -> Iterator[sqlite3.Connection]:
-        """One transaction of the only writer; rolled back if the block raises.  It may not be nested.
-
-        For `patience` seconds other threads of this process that want to write go first.
-        """
-        with self._writer(patience) as connection, _translated():
+    def write(self) -> Iterator[sqlite3.Connection]:
+        """One transaction of the only writer; rolled back if the block raises.  It may not be nested."""
+        with self._writer() as connection, _translated():
             connection.execute("BEGIN IMMEDIATE")
             try:
                 yield connection
@@ -389,8 +386,8 @@ class Database:
         return free
 
     @contextlib.contextmanager
-    def _writer(self, patience: float = 0.0) -> Iterator[sqlite3.Connection]:
-        self.lock.acquire(WRITE_TIMEOUT, patience)
+    def _writer(self) -> Iterator[sqlite3.Connection]:
+        self.lock.acquire(WRITE_TIMEOUT)
         try:
             yield self._connection or self._open()
         finally:

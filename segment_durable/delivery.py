@@ -115,8 +115,9 @@ class Delivery:
         if self._lease is None:
             self._expire()
             threads = self._config.thread
-            limit = self._config.upload_size * (_BATCHES_A_LEASE if threads == 1 else 1)
-            found = self._outbox.lease(limit, self._config.lease, max_leases=threads, hurry=hurry)
+            size = self._config.upload_size
+            limit = size * (_BATCHES_A_LEASE if threads == 1 else 1)
+            found = self._outbox.lease(limit, self._config.lease, batch=size, max_leases=threads, hurry=hurry)
             if isinstance(found, NotNow):
                 return Step(found.reason, seconds=found.seconds, exhausted=found.exhausted)
             self._lease = found

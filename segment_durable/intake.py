@@ -76,8 +76,7 @@ class Intake:
         waiting.  Threads that come at the same time are committed in one transaction.
         """
         parameters = (max_pending or _NO_LIMIT, appended_at, body)
-        db = self._db
-        lock = db.lock
+        db, lock = self._db, self._db.lock
         if not self._waiting and lock.acquire_unless_busy(WRITE_TIMEOUT):
             try:
                 accepted = db.write_one(_PUT, parameters)
@@ -105,15 +104,13 @@ class Intake:
 
     def _is_to_commit(self, put: _Put) -> bool:
         """Wait until another thread has committed that put, or it is this one's to do: then it has the mutex."""
-        mutex = self._db.lock.mutex
-        if mutex.acquire(False):
-            return True
+        lock = self._db.lock
         in_time = True
         if self._db.full and not self._is_first_ours():
             in_time = put.wait(WRITE_TIMEOUT)
             if put.accepted is not None or put.error is not None:
                 return False
-        if in_time and mutex.acquire(timeout=WRITE_TIMEOUT):
+        if in_time and lock.acquire_mutex(WRITE_TIMEOUT):
             return True
         if self._withdraw(put):
             self._wake_first()
@@ -146,6 +143,13 @@ class Intake:
         with contextlib.suppress(IndexError):
             self._waiting[0].wake()
 
+    def _put_one(self, parameters: tuple[int, int, bytes]) -> bool:
+        self._db.lock.acquire(WRITE_TIMEOUT)
+        try:
+            return self._db.write_one(_PUT, parameters) == 1
+        finally:
+            self._db.lock.release()
+
     def _put_group(self) -> None:
         """Commit the puts that wait, in the order in which they came.  Under the mutex."""
         self._committing = True
@@ -161,11 +165,14 @@ class Intake:
                     del group[taken:]  # the last one was withdrawn, by its own thread, between two of these steps
             if not group:
                 return
-            self._db.check_space()
-            with self._db.write() as connection:
-                accepted = [connection.execute(_PUT, put.parameters).rowcount == 1 for put in group]
-            for put, each in zip(group, accepted):
-                put.accepted = each
+            if len(group) == 1:
+                group[0].accepted = self._put_one(group[0].parameters)
+            else:
+                self._db.check_space()
+                with self._db.write() as connection:
+                    accepted = [connection.execute(_PUT, put.parameters).rowcount == 1 for put in group]
+                for put, each in zip(group, accepted):
+                    put.accepted = each
         except BaseException as problem:
             for put in group:
                 put.error = problem if isinstance(problem, OutboxError) else StorageError("the write was interrupted")

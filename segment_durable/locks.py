@@ -31,7 +31,6 @@ _FIRST_SLOT, _LAST_SLOT = 1 << 10, 1 << 30
 # measured with eight writers at full speed it is no less fair (slowest 0.91 of the fastest, 31 ms worst wait; blocking:
 # 0.78 and 97 ms).
 _SHORT_NAP, _LONG_NAP, _SHORT_NAPS = 0.000_05, 0.001, 40
-_PATIENT_NAP = 0.000_1
 
 try:
     import fcntl
@@ -85,6 +84,12 @@ class LockFile:
         # Reentrant, because a signal handler or a finalizer may call track() in the middle of a call to track().
         self.mutex = threading.RLock()
         self._acquire_mutex = self.mutex.acquire
+        # Who waits for the mutex has this, and keeps it until the end, and new puts of other threads come after that.
+        # A thread that only waited would be woken at each release, find the mutex taken again by a busy caller, and
+        # both would pay for that more than the work costs that it waits with.
+        self._gate = threading.RLock()
+        self._is_next = False  # a thread has the gate
+        self._kept_gate = False  # the thread that has the mutex has the gate, too
         self._depth = 0
         self._has_file = False
         # Bound once: both are called for each put.
@@ -128,22 +133,47 @@ class LockFile:
                 os.close(self._fd)
                 self._fd = -1
 
-    def acquire(self, timeout: float, patience: float = 0.0) -> None:
+    def acquire(self, timeout: float) -> None:
         """Take the writer lock: no other thread or process writes until `release()`.
 
         Waits at most about `timeout` seconds, then raises `OutboxBusy`; `StorageError` if the system refuses.  May be
-        taken again by the thread that has it.  For `patience` seconds other threads that come go first.
+        taken again by the thread that has it.
         """
-        if not (self._acquire_mutex(False) or self._wait_for_gap(patience) or self._acquire_mutex(timeout=timeout)):
-            raise OutboxBusy(f"another thread has been writing to the outbox for {timeout:g} s")
+        if not self._acquire_mutex(False):
+            self._acquire_next(timeout)
         self._enter(timeout)
 
     def acquire_unless_busy(self, timeout: float) -> bool:
-        """As `acquire`, but False, with nothing taken, if another thread has the lock or waits for a process."""
-        if not self._acquire_mutex(False):
+        """As `acquire`, but False, with nothing taken, if another thread has the lock or waits for it."""
+        if self._is_next or not self._acquire_mutex(False):
             return False
         self._enter(timeout)
         return True
+
+    def acquire_mutex(self, timeout: float) -> bool:
+        """Take the mutex alone, after the thread that is next; whether it was got within `timeout` seconds."""
+        end = time.monotonic() + timeout
+        # A signal handler may be called by the very thread that the next one waits for.
+        if self._is_next and not self.mutex._is_owned():  # type: ignore[attr-defined]
+            if not self._gate.acquire(timeout=timeout):
+                return False
+            self._gate.release()
+        return self._acquire_mutex(timeout=max(0.0, end - time.monotonic()))
+
+    def _acquire_next(self, timeout: float) -> None:
+        end = time.monotonic() + timeout
+        got = False
+        if self._gate.acquire(timeout=timeout):
+            try:
+                self._is_next = True
+                got = self._acquire_mutex(timeout=max(0.0, end - time.monotonic()))
+                self._kept_gate = got
+            finally:
+                if not got:
+                    self._is_next = False
+                    self._gate.release()
+        if not got:
+            raise OutboxBusy(f"another thread has been writing to the outbox for {timeout:g} s")
 
     def _enter(self, timeout: float) -> None:
         # A signal handler may come in between any two steps here and in `release`, and take and release the lock: so
@@ -170,7 +200,12 @@ class LockFile:
         if self._has_file and self._depth == 0:
             self._has_file = False
             self._unlock_file()
-        self.mutex.release()
+        if self._kept_gate and self._depth == 0:
+            self._kept_gate = self._is_next = False
+            self.mutex.release()
+            self._gate.release()
+        else:
+            self.mutex.release()
 
     @property
     def depth(self) -> int:
@@ -187,15 +222,6 @@ class LockFile:
         if not _try_lock(self._fd, slot):
             return True
         _unlock(self._fd, slot)
-        return False
-
-    def _wait_for_gap(self, patience: float) -> bool:
-        """Ask for the mutex now and then, unseen by those who give it back; whether it was got."""
-        end = time.monotonic() + patience
-        while time.monotonic() < end:
-            time.sleep(_PATIENT_NAP)
-            if self._acquire_mutex(False):
-                return True
         return False
 
     def _wait_for_writer(self, timeout: float) -> None:

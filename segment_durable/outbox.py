@@ -44,9 +44,6 @@ __all__ = ["Outbox"]
 _NO_LIMIT = 1 << 62
 _ERASED_AT_ONCE = 5_000  # events in one transaction
 _BUSY_LOOK = 0.5  # seconds after which a sender looks again at leases of others
-# Seconds for which a sender lets calls of this process go before it.  A thread that waits for a lock has to be woken
-# each time that it is given back, and beside a busy caller that costs both more than the work that it waits with.
-_PATIENCE = 0.002
 
 _JOINED = """
 SELECT count(*), min(id), max(id), CAST(group_concat(body, ',') AS BLOB)
@@ -106,15 +103,18 @@ class Outbox:
     # -- out
 
     @_with_reserve
-    def lease(self, limit: int, seconds: float, *, max_leases: int = 1, hurry: bool = False) -> Lease | NotNow:
+    def lease(
+        self, limit: int, seconds: float, *, batch: int = 1, max_leases: int = 1, hurry: bool = False
+    ) -> Lease | NotNow:
         """Take the first `limit` events that nobody has, for `seconds`.
 
-        At most `max_leases` leases live at once; with 1, events leave in order.  `hurry` goes before the end of a
-        backoff, but not of one that the receiver asked for.
+        Of more than `batch` events as many as make whole batches, so that no small one has to follow them.  At most
+        `max_leases` leases live at once; with 1, events leave in order.  `hurry` goes before the end of a backoff, but
+        not of one that the receiver asked for.
         """
         if self.db.read_one("SELECT min(id) FROM event")[0] is None:
             return NotNow("empty", None)  # found out without waiting for the writers
-        with self.db.write(_PATIENCE) as connection:
+        with self.db.write() as connection:
             now = self._clock.boot()
             before = current_backoff(connection, self._clock)
             if before.not_before > now and not (hurry and not before.told):
@@ -132,6 +132,8 @@ class Outbox:
             if span is None:
                 return NotNow("leased", _BUSY_LOOK) if living else NotNow("empty", None)
             first, last = span
+            if last - first >= batch:
+                last -= (last - first + 1) % batch
             attempts = [before.failures + (before.first_throttle is not None)]
             attempts += take_over(connection, dead, first, last)
             lease = Lease(secrets.token_bytes(16), first, last, max(attempts), now + seconds)
@@ -175,7 +177,7 @@ class Outbox:
     def extend(self, lease: Lease, seconds: float) -> Lease | None:
         """The lease with its deadline `seconds` from now, or None if it was lost."""
         deadline = self._clock.boot() + seconds
-        with self.db.write(_PATIENCE) as connection:
+        with self.db.write() as connection:
             changed = connection.execute(
                 "UPDATE lease SET deadline = ? WHERE token = ?", (deadline, lease.token)
             ).rowcount
@@ -190,7 +192,7 @@ class Outbox:
 
         How many were deleted, or None if the lease was lost and nothing was.
         """
-        with self.db.write(_PATIENCE) as connection:
+        with self.db.write() as connection:
             if through == lease.last and end_lease(connection, lease):
                 first, last = lease.first, lease.last
             else:
@@ -214,7 +216,7 @@ class Outbox:
 
         True if it was moved, False if there are `max_dead` dead letters already, None if the lease was lost.
         """
-        with self.db.write(_PATIENCE) as connection:
+        with self.db.write() as connection:
             found = self._fence(connection, lease, event_id)
             if found is None:
                 return None
@@ -240,7 +242,7 @@ class Outbox:
 
         False if the lease was lost; then `backoff` is not stored either.
         """
-        with self.db.write(_PATIENCE) as connection:
+        with self.db.write() as connection:
             removed = connection.execute("DELETE FROM lease WHERE token = ?", (lease.token,)).rowcount
             if removed and backoff is not None:
                 store_backoff(connection, self._clock, backoff)

@@ -151,6 +151,8 @@ class Worker:
             self._arm(missing)
             if not self._flush_to and not self.stopping:
                 self._clock.wait(self.event, end - now)
+                if self.appended >= missing:
+                    return True  # without another look
         return False
 
     def _arm(self, events: int) -> None:

@@ -48,6 +48,13 @@ def test_a_lease_takes_the_first_events_up_to_the_limit(outbox: Outbox) -> None:
     assert outbox.stats().leased == 3
 
 
+@pytest.mark.parametrize(("there", "taken"), [(2, 2), (3, 3), (4, 3), (5, 3), (6, 6), (8, 6), (12, 9)])
+def test_of_more_than_a_batch_a_lease_takes_whole_batches(outbox: Outbox, there: int, taken: int) -> None:
+    fill(outbox, there)
+    lease = take(outbox, 9, batch=3)
+    assert (lease.first, lease.last) == (1, taken)
+
+
 def test_with_one_lease_at_a_time_nobody_else_gets_one(outbox: Outbox, worker: Worker) -> None:
     fill(outbox, 5)
     take(outbox, 2)

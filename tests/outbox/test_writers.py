@@ -83,45 +83,78 @@ def test_reading_does_not_wait_for_a_thread_that_writes(outbox: Outbox) -> None:
         assert seen == [1], "and it sees what is committed"
 
 
-def test_a_patient_writer_lets_others_go_first_and_then_waits_its_turn(
-    outbox: Outbox, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    naps: list[float] = []
-    time_ = [100.0]
+class Waiter:
+    """A thread that wants the writer lock, which this thread has."""
 
-    def nap(seconds: float) -> None:
-        naps.append(seconds)
-        time_[0] += seconds
+    def __init__(self, outbox: Outbox) -> None:
+        self.lock = outbox.db.lock
+        self.seen: list[int] = []
+        self.may_end = threading.Event()
+        self._outbox = outbox
+        self.thread = threading.Thread(target=self._run)
+        self.thread.start()
+        wait_until(self._is_next)
 
-    monkeypatch.setattr("segment_durable.locks.time.sleep", nap)
-    monkeypatch.setattr("segment_durable.locks.time.monotonic", lambda: time_[0])
+    def _is_next(self) -> bool:
+        if not self.lock.acquire_unless_busy(1):
+            return True
+        self.lock.release()
+        return False
 
-    def write() -> None:
-        outbox.db.lock.acquire(0.01, patience=0.001)
-        outbox.db.lock.release()
-
-    monkeypatch.setattr(outbox.db.lock, "_acquire_mutex", Refusing(outbox.db.lock.mutex.acquire, 5))
-    write()
-    assert len(naps) == 4, "got at the fifth time of asking"
-    naps.clear()
-    monkeypatch.setattr(outbox.db.lock, "_acquire_mutex", refusing := Refusing(outbox.db.lock.mutex.acquire, 1000))
-    with pytest.raises(OutboxBusy):
-        write()
-    assert len(naps) in (10, 11), "a thousandth of a second, in naps of a tenth of that"
-    assert refusing.last == {"timeout": 0.01}, "and then as everybody"
+    def _run(self) -> None:
+        with self._outbox.db.write():
+            self.seen.append(self._outbox.pending())
+            assert self.may_end.wait(30)
 
 
-class Refusing:
-    """Refuses a lock until it was asked for so many times."""
+def test_a_thread_that_waits_comes_before_the_next_put_of_a_busy_caller(outbox: Outbox) -> None:
+    outbox.db.lock.acquire(1)
+    waiter = Waiter(outbox)
+    caller = threading.Thread(target=lambda: outbox.put(b"x", 1))
+    caller.start()
+    outbox.db.lock.release()
+    assert not outbox.db.lock.acquire_unless_busy(1), "it is the other's turn, whether it has woken up or not"
+    wait_until(lambda: bool(waiter.seen))
+    assert outbox.pending() == 0, "the put, too, waits until it is done"
+    waiter.may_end.set()
+    waiter.thread.join(30)
+    caller.join(30)
+    assert outbox.pending() == 1
+    assert outbox.db.lock.acquire_unless_busy(1), "and then it is free again"
+    outbox.db.lock.release()
 
-    def __init__(self, acquire: Callable[..., bool], times: int) -> None:
-        self.acquire, self.times = acquire, times
-        self.last: dict[str, Any] = {}
 
-    def __call__(self, *args: Any, **options: Any) -> bool:
-        self.times -= 1
-        self.last = options
-        return self.times <= 0 and self.acquire(*args, **options)
+def test_a_put_within_a_call_of_the_thread_that_others_wait_for_goes_through(outbox: Outbox) -> None:
+    """As a signal handler's does, in the middle of a put."""
+    outbox.db.lock.acquire(1)
+    waiter = Waiter(outbox)
+    assert outbox.put(b"x", 1)
+    outbox.db.lock.release()
+    waiter.may_end.set()
+    waiter.thread.join(30)
+    assert waiter.seen == [1]
+
+
+def test_a_thread_that_gives_up_waiting_stands_in_nobodys_way(outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused: list[OutboxBusy] = []
+
+    def wait() -> None:
+        try:
+            outbox.db.lock.acquire(0.01)
+        except OutboxBusy as problem:
+            refused.append(problem)
+
+    outbox.db.lock.acquire(1)
+    threads = [threading.Thread(target=wait) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(refused) == 2
+    outbox.db.lock.release()
+    assert outbox.put(b"x", 1)
+    assert outbox.db.lock.acquire_unless_busy(1)
+    outbox.db.lock.release()
 
 
 def test_a_waiting_writer_goes_on_when_the_lock_is_given_back(outbox: Outbox, worker: Worker) -> None:
