@@ -8,6 +8,7 @@ from threading import Lock, get_ident
 
 from segment_durable.db import WRITE_TIMEOUT, Database
 from segment_durable.errors import OutboxBusy, OutboxError, StorageError
+from segment_durable.sqlite_errors import is_damage
 
 __all__ = ["Intake"]
 
@@ -162,8 +163,12 @@ class Intake:
             if not group:
                 return
             self._db.check_space()
-            with self._db.write() as connection:
-                accepted = [connection.execute(_PUT, put.parameters).rowcount == 1 for put in group]
+            try:
+                accepted = self._insert(group)
+            except StorageError as problem:
+                if not is_damage(problem):
+                    raise
+                accepted = self._insert(group)  # into the database that has taken the place of the damaged one
             for put, each in zip(group, accepted):
                 put.accepted = each
         except BaseException as problem:
@@ -177,3 +182,7 @@ class Intake:
             for put in group:
                 put.wake()
         self._db.wrote(sum(len(put.parameters[2]) for put in group))
+
+    def _insert(self, group: list[_Put]) -> list[bool]:
+        with self._db.write() as connection:
+            return [connection.execute(_PUT, put.parameters).rowcount == 1 for put in group]
