@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from segment_durable.errors import NotAnOutbox, OutboxUnavailable
-from segment_durable.identity import APPLICATION_ID, Damaged, check_content, check_identity
+from segment_durable.identity import APPLICATION_ID, Damaged, check_content, check_identity, check_wal
 from segment_durable.sqlite_errors import is_damage, is_unusable, storage_error
 
 __all__ = [
@@ -55,8 +55,10 @@ def connect(path: Path, *, full: bool, is_ours: bool) -> sqlite3.Connection:
     outbox_id = None if _create(path) else check_identity(path, is_ours=is_ours)
     connection = sqlite3.connect(str(path), timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
     try:
+        if outbox_id is not None:
+            check_wal(connection, outbox_id)
         _migrate(connection, path)
-        check_content(connection, outbox_id)
+        check_content(connection)
         mode = connection.execute("PRAGMA journal_mode=WAL").fetchone()[0]
         if mode != "wal":
             raise OutboxUnavailable(

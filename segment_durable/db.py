@@ -70,6 +70,7 @@ class Database:
         self._generation = -1  # of the lock file, to which the connection belongs
         self._reading: sqlite3.Connection | None = None
         self._reading_generation = -1
+        self._spare: sqlite3.Connection | None = None  # for reading, for the next that asks for one
         self._held: list[sqlite3.Connection] = []  # to a damaged database that could not be set aside yet
         self._known_sets: set[str] | None = None  # that were set aside, as far as this object has looked
         self._news: deque[OutboxDamaged] = deque()
@@ -85,7 +86,8 @@ class Database:
         self._next_look = 0.0
         self.reserve = Reserve(folder)
         self.on_written: Callable[[], None] = _nothing  # set by `watch`
-        self.on_damaged: Callable[[OutboxDamaged], None] = _tell_nobody  # in any thread, and without the writer lock
+        # Called in any thread, and without the writer lock; until it is set, what there is to tell waits.
+        self.on_damaged: Callable[[OutboxDamaged], None] | None = None
         make_folder(folder)
         try:
             self.lock = LockFile.open(folder / LOCK_NAME)
@@ -470,22 +472,27 @@ class Database:
             raise StorageError("the outbox has been closed", "SQLITE_MISUSE")
         self.lock.acquire(WRITE_TIMEOUT)
         old, self._connection = self._connection, None
+        connection = None
         try:
             aside = finish(self.path)
             try:
                 connection = self._connect()
             except Damaged as problem:
-                if problem.connection is not None:
-                    self._held.append(problem.connection)
+                self._hold(problem.connection)
                 aside = self._set_aside()
                 connection = self._connect()
             self._limit_pages(connection, _SPARE_PAGES)
+            # Opened here, and not when something is read, so that it is under the writer lock: a database that is just
+            # being set aside must not be opened, and who reads must not wait for the writers.
+            self._close_spare()
+            self._spare = connect_for_reading(self.path)
             self._generation = self.lock.generation()
             self._connection = connection
             self._look_for_sets(connection, aside)
             if not self.reserve.make():
                 self._refuse(_full())
         except (Damaged, sqlite3.Error, OSError) as problem:
+            self._hold(connection)
             raise unavailable(self.path, problem) from problem
         finally:
             if old is not None:
@@ -530,12 +537,15 @@ class Database:
             if not self.reserve.free():
                 raise
             name = set_aside(self.path, self.lock.raise_generation)
-        if self._connection is not None:
-            self._held.append(self._connection)
-            self._connection = None
+        current, self._connection = self._connection, None
+        self._hold(current)
         while self._held:
             self._held.pop().close()
         return name
+
+    def _hold(self, connection: sqlite3.Connection | None) -> None:
+        if connection is not None and connection is not self._connection:
+            self._held.append(connection)
 
     def _look_for_sets(self, connection: sqlite3.Connection, aside: str | None) -> None:
         """Have those told that this object has not seen yet; of the first time, only what it has just set aside."""
@@ -549,31 +559,39 @@ class Database:
 
     def tell(self) -> None:
         """Call `on_damaged` for what has been found and not been told yet.  Not under the writer lock."""
-        with contextlib.suppress(IndexError):
-            while self._news:
-                self.on_damaged(self._news.popleft())
+        while self._news and self.on_damaged is not None:
+            try:
+                news = self._news.popleft()
+            except IndexError:  # another thread tells it
+                return
+            self.on_damaged(news)
 
     def _open_for_reading(self, timeout: float) -> sqlite3.Connection:
-        # Under the writer lock, or it could be a database that is just being set aside.
-        self.lock.acquire(timeout)
+        if not self.lock.mutex.acquire(timeout=timeout):
+            raise StorageError("the outbox is in use by another thread", "SQLITE_BUSY")
         try:
-            self._current()  # first: it knows what may be wrong with the file
-            old, self._reading = self._reading, None
-            if old is not None:
-                old.close()
-            connection = connect_for_reading(self.path)
+            if self._connection is None or self._spare is None or self.lock.generation() != self._generation:
+                self._open()
+            connection, self._spare = self._spare, None
+            assert connection is not None
+            old, self._reading = self._reading, connection
             self._reading_generation = self._generation
-        except sqlite3.Error as problem:
-            raise storage_error(problem) from problem
         finally:
-            self.lock.release()
-        self._reading = connection
+            self.lock.mutex.release()
+        if old is not None:
+            old.close()
         return connection
+
+    def _close_spare(self) -> None:
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            spare.close()
 
     def _disconnect(self, timeout: float) -> None:
         reading, self._reading = self._reading, None
         if reading is not None:
             reading.close()
+        self._close_spare()
         connection, self._connection = self._connection, None
         if connection is None:
             return
@@ -617,10 +635,6 @@ def _not_replaced(problem: Exception) -> StorageError:
     if error is None or is_damage(error):
         error = StorageError(str(problem), "SQLITE_IOERR")
     return StorageError(f"the outbox is damaged, and another can't be made: {error}", error.code)
-
-
-def _tell_nobody(problem: OutboxDamaged) -> None:
-    pass
 
 
 def _nothing() -> None:

@@ -11,7 +11,7 @@ from urllib.parse import quote
 from segment_durable.errors import NotAnOutbox
 from segment_durable.sqlite_errors import is_unusable
 
-__all__ = ["APPLICATION_ID", "Damaged", "check_content", "check_identity"]
+__all__ = ["APPLICATION_ID", "Damaged", "check_content", "check_identity", "check_wal"]
 
 APPLICATION_ID = 0x53445142  # "SDQB", so that no other application's database is taken for an outbox
 _TABLES = ("event", "dead", "lease", "state", "backoff", "meta")
@@ -35,7 +35,9 @@ class Damaged(Exception):
 
 
 def check_identity(path: Path, *, is_ours: bool) -> str | None:
-    """Refuse another application's database before SQLite opens it; the outbox's id, if it can be read.
+    """Refuse another application's database before SQLite opens it.
+
+    Returns the outbox's id, "" if it can't be read, and None if the database is empty and nobody's.
 
     Opening it would recover its WAL or its journal, which is that application's to do.  "immutable" reads the file
     alone and takes no locks; and it reads by SQLite, which knows that closing a descriptor drops the locks of all.
@@ -58,7 +60,7 @@ def check_identity(path: Path, *, is_ours: bool) -> str | None:
                 raise _foreign(path) from problem
             raise Damaged(problem) from problem
     if tables.issuperset(_TABLES):
-        return None  # only its application id is damaged
+        return ""  # only its application id is damaged
     if application or tables or any(os.path.exists(f"{path}{suffix}") for suffix in ("-wal", "-journal")):
         raise _foreign(path)
     return None
@@ -68,23 +70,24 @@ def _foreign(path: Path) -> NotAnOutbox:
     return NotAnOutbox(path, "is a database of another application; it was not touched: set another outbox_dir")
 
 
-def _outbox_id(connection: sqlite3.Connection) -> str | None:
+def check_wal(connection: sqlite3.Connection, outbox_id: str) -> None:
+    """Raise `Damaged` if the file is another's with its WAL; `outbox_id` is what `check_identity` has found without."""
+    if connection.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
+        raise Damaged("its application id is another")
+    if outbox_id and outbox_id != _outbox_id(connection):
+        raise Damaged("its WAL is another outbox's")
+
+
+def _outbox_id(connection: sqlite3.Connection) -> str:
     try:
         found = connection.execute("SELECT value FROM meta WHERE name = 'outbox_id'").fetchone()
     except sqlite3.DatabaseError:
-        return None
-    return None if found is None else str(found[0])
+        return ""
+    return "" if found is None else str(found[0])
 
 
-def check_content(connection: sqlite3.Connection, outbox_id: str | None) -> None:
-    """Raise `Damaged` or `sqlite3.Error` for what can be seen at once: a look at each table, and at the books.
-
-    `outbox_id` is what the file says without its WAL.
-    """
-    if connection.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
-        raise Damaged("its application id is another")
-    if outbox_id is not None and outbox_id != _outbox_id(connection):
-        raise Damaged("its WAL is another outbox's")
+def check_content(connection: sqlite3.Connection) -> None:
+    """Raise `Damaged` or `sqlite3.Error` for what can be seen at once: a look at each table, and at the books."""
     for table in _TABLES:
         connection.execute(f"SELECT * FROM {table} LIMIT 1").fetchone()
     facts = connection.execute(_BOOKS).fetchone()
