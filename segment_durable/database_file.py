@@ -11,7 +11,9 @@ from importlib import resources
 from pathlib import Path
 from urllib.parse import quote
 
-from segment_durable.errors import NotAnOutbox, OutboxUnavailable, StorageError
+from segment_durable.errors import NotAnOutbox, OutboxUnavailable
+from segment_durable.identity import APPLICATION_ID, Damaged, check_content, check_identity, check_wal
+from segment_durable.sqlite_errors import is_damage, is_unusable, storage_error
 
 __all__ = [
     "CHECKPOINT_BYTES",
@@ -20,16 +22,16 @@ __all__ = [
     "WAL_LIMIT_BYTES",
     "connect",
     "connect_for_reading",
+    "create",
     "hold_inherited_locks",
     "make_folder",
     "roll_back",
-    "storage_error",
     "sync_file",
+    "sync_folder",
     "unavailable",
 ]
 
 DATABASE_NAME = "outbox.db"
-APPLICATION_ID = 0x53445142  # "SDQB", so that no other application's database is taken for an outbox
 SCHEMA_VERSION = 1
 
 # Of 1, 2 and 4 KiB, measured with events of 430 and 4,000 bytes: 2 KiB writes a third less into the WAL than 4 KiB,
@@ -44,16 +46,19 @@ READ_CACHE_KIB = 256  # what is read is read once
 BUSY_TIMEOUT = 5.0  # seconds that SQLite waits for a foreign program that doesn't know of our writer lock
 
 
-def connect(path: Path, *, full: bool) -> sqlite3.Connection:
+def connect(path: Path, *, full: bool, is_ours: bool) -> sqlite3.Connection:
     """A connection for reading and writing to the outbox at `path`, which is created if it isn't there.
 
-    To be called under the writer lock.  Raises `OutboxUnavailable`, `NotAnOutbox`, `sqlite3.Error` or `OSError`.
+    To be called under the writer lock.  `is_ours`: whether there is a sign that a file of which nothing can be read was
+    an outbox.  Raises `Damaged`, `OutboxUnavailable`, `NotAnOutbox`, `sqlite3.Error` or `OSError`.
     """
-    if not _create(path):
-        _check_identity(path)
+    outbox_id = None if _create(path) else check_identity(path, is_ours=is_ours)
     connection = sqlite3.connect(str(path), timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
     try:
+        if outbox_id is not None:
+            check_wal(connection, outbox_id)
         _migrate(connection, path)
+        check_content(connection)
         mode = connection.execute("PRAGMA journal_mode=WAL").fetchone()[0]
         if mode != "wal":
             raise OutboxUnavailable(
@@ -64,6 +69,11 @@ def connect(path: Path, *, full: bool) -> sqlite3.Connection:
         connection.execute(f"PRAGMA synchronous={'FULL' if full else 'NORMAL'}")
         connection.execute("PRAGMA secure_delete=FAST")  # some builds default to ON, which rewrites deleted pages
         connection.execute("PRAGMA temp_store=MEMORY")
+    except (Damaged, sqlite3.Error) as problem:
+        if isinstance(problem, Damaged) or is_unusable(problem, path):
+            raise Damaged(problem, connection) from problem
+        connection.close()
+        raise
     except BaseException:
         connection.close()
         raise
@@ -90,11 +100,15 @@ def _migrate(connection: sqlite3.Connection, path: Path) -> None:
     if version >= SCHEMA_VERSION:
         # A newer schema is additive unless it says otherwise: during a rolling deploy both versions write.
         (least,) = connection.execute("SELECT value FROM meta WHERE name = 'min_writer'").fetchone() or ("1",)
+        if not str(least).isdecimal() or int(least) > version:
+            raise Damaged("min_writer can't be")
         if int(least) > SCHEMA_VERSION:
             raise OutboxUnavailable(
                 path, f"was written by a newer segment_durable (schema {version}): upgrade this one"
             )
         return
+    if connection.execute("PRAGMA application_id").fetchone()[0] == APPLICATION_ID:
+        raise Damaged(f"its schema version is {version}")
     if version == 0:
         connection.execute(f"PRAGMA page_size={PAGE_SIZE}")
         connection.execute("PRAGMA auto_vacuum=INCREMENTAL")
@@ -104,6 +118,7 @@ def _migrate(connection: sqlite3.Connection, path: Path) -> None:
         for statement in _statements(schema):
             connection.execute(statement)
         connection.execute("INSERT INTO meta VALUES ('created_at', strftime('%Y-%m-%dT%H:%M:%SZ', 'now'))")
+        connection.execute("INSERT INTO meta VALUES ('outbox_id', lower(hex(randomblob(16))))")
         connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
         connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
         connection.execute("COMMIT")
@@ -132,30 +147,6 @@ def hold_inherited_locks(path: Path) -> list[int]:
     return held
 
 
-def _check_identity(path: Path) -> None:
-    """Refuse another application's database before SQLite opens it.
-
-    Opening it would recover its WAL or its journal, which is that application's to do.  "immutable" reads the file
-    alone and takes no locks; and it reads by SQLite, which knows that closing a descriptor drops the locks of all.
-    The file alone makes no sense after a checkpoint that was killed half-way: its first page tells whose it is, and no
-    more than that may be asked of one that is ours.
-    """
-    if os.path.getsize(path) == 0:
-        return
-    connection = sqlite3.connect(f"file:{quote(str(path))}?immutable=1", uri=True, isolation_level=None)
-    try:
-        connection.execute("PRAGMA writable_schema=ON")  # or SQLite reads no file that is shorter than it says
-        application: int = connection.execute("PRAGMA application_id").fetchone()[0]
-        if application == APPLICATION_ID:
-            return
-        tables: int = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-    finally:
-        connection.close()
-    unfinished = any(os.path.exists(f"{path}{suffix}") for suffix in ("-wal", "-journal"))
-    if application or tables or unfinished:
-        raise NotAnOutbox(path, "is a database of another application; it was not touched: set another outbox_dir")
-
-
 def make_folder(folder: Path) -> None:
     try:
         # One by one: with `parents=True` those above would get the mode of the umask.
@@ -173,10 +164,8 @@ def make_folder(folder: Path) -> None:
 def _create(path: Path) -> bool:
     """Make the database if there is none or an empty file; whether it was made.
 
-    The schema comes before the WAL: so the file itself, without its WAL, says whose it is.
     It is made under another name, and gets its own when it is whole and on the disk: whatever interrupts that leaves
-    nothing that could be taken for another application's database.  The mode 0600 is what SQLite then gives to the
-    WAL and the shared memory too.
+    nothing that could be taken for another application's database.  Raises `Damaged` if a WAL is there without it.
     """
     # Looked at, never opened here: closing a descriptor of a database drops the locks of SQLite's own.
     with contextlib.suppress(FileNotFoundError):
@@ -185,20 +174,33 @@ def _create(path: Path) -> bool:
             raise NotAnOutbox(path, "is not a file")
         if found.st_size:
             return False
+    with contextlib.suppress(FileNotFoundError):
+        if os.stat(f"{path}-wal").st_size:
+            raise Damaged("there is a WAL without a database")
     new = path.with_name(f"{path.name}.new")
+    create(new)
     # Those of a database that is gone would be taken for the new one's.
-    for left in (new, Path(f"{path}-journal"), Path(f"{path}-wal")):
-        left.unlink(missing_ok=True)
+    for left in (f"{path}-journal", f"{path}-wal"):
+        Path(left).unlink(missing_ok=True)
+    os.replace(new, path)
+    sync_folder(path.parent)
+    return True
+
+
+def create(new: Path) -> None:
+    """Make an empty outbox at `new`, in the place of what is there.
+
+    The schema comes before the WAL: so the file itself, without its WAL, says whose it is.  The mode 0600 is what
+    SQLite then gives to the WAL and the shared memory too.
+    """
+    new.unlink(missing_ok=True)
     os.close(os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o600))
     connection = sqlite3.connect(str(new), isolation_level=None)
     try:
         connection.execute("PRAGMA journal_mode=MEMORY")
-        _migrate(connection, path)
+        _migrate(connection, new)
     finally:
         connection.close()
-    os.replace(new, path)
-    _sync_folder(path.parent)
-    return True
 
 
 def sync_file(fd: int) -> None:
@@ -212,7 +214,7 @@ def sync_file(fd: int) -> None:
         fcntl.fcntl(fd, full_sync)  # on macOS fsync() leaves the data in the drive's cache
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """A new file survives a power cut only once its folder is synced."""
     if os.name == "nt":
         return
@@ -240,24 +242,10 @@ def roll_back(connection: sqlite3.Connection) -> None:
             connection.execute("ROLLBACK")
 
 
-# Python 3.10 does not give the result code, only SQLite's fixed English text for it.
-_CODES = {
-    "database or disk is full": "SQLITE_FULL",
-    "disk I/O error": "SQLITE_IOERR",
-    "database is locked": "SQLITE_BUSY",
-    "attempt to write a readonly database": "SQLITE_READONLY",
-    "unable to open database file": "SQLITE_CANTOPEN",
-    "database disk image is malformed": "SQLITE_CORRUPT",
-    "file is not a database": "SQLITE_NOTADB",
-}
-
-
-def storage_error(problem: sqlite3.Error) -> StorageError:
-    return StorageError(f"the outbox can't be used: {problem}", _CODES.get(str(problem), "SQLITE_ERROR"))
-
-
 def unavailable(path: Path, problem: Exception) -> OutboxUnavailable:
-    if isinstance(problem, sqlite3.Error) and _CODES.get(str(problem)) in ("SQLITE_NOTADB", "SQLITE_CORRUPT"):
+    if isinstance(problem, Damaged):
+        return OutboxUnavailable(path, f"is damaged, and so is what took its place ({problem}): is the disk failing?")
+    if isinstance(problem, sqlite3.Error) and is_damage(storage_error(problem)):
         return NotAnOutbox(path, f"is damaged or not an outbox ({problem}); it was not touched")
     reason = problem.strerror if isinstance(problem, OSError) else problem
     return OutboxUnavailable(path, f"{reason}: set outbox_dir to a folder on a local disk that this user may write to")

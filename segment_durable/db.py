@@ -12,6 +12,7 @@ import os
 import sqlite3
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,15 @@ from segment_durable.database_file import (
     connect_for_reading,
     make_folder,
     roll_back,
-    storage_error,
     sync_file,
     unavailable,
 )
-from segment_durable.errors import OutboxBusy, OutboxError, StorageError
+from segment_durable.errors import OutboxBusy, OutboxDamaged, OutboxError, StorageError
+from segment_durable.identity import Damaged
 from segment_durable.locks import LockFile
+from segment_durable.quarantine import finish, set_aside, sets_since, told_sets
 from segment_durable.reserve import Reserve
+from segment_durable.sqlite_errors import is_damage, is_full, storage_error
 
 __all__ = ["LOCK_NAME", "Database"]
 
@@ -46,6 +49,8 @@ LOOK_SECONDS = 0.25  # between two attempts to get out of trouble
 _GIVE_BACK_PAGES = 256
 _SPARE_PAGES = 32  # of the largest file that the process may write: not for puts
 WRITE_TIMEOUT = 5.0  # seconds that a write waits for other writers
+# A disk that damages whatever is written to it must not be filled with what is set aside.
+_MOST_SETS, _SETS_SECONDS = 5, 60.0
 
 
 class Database:
@@ -62,7 +67,13 @@ class Database:
         self.full = full  # sync at each commit
         self._closed = False
         self._connection: sqlite3.Connection | None = None
+        self._generation = -1  # of the lock file, to which the connection belongs
         self._reading: sqlite3.Connection | None = None
+        self._reading_generation = -1
+        self._spare: sqlite3.Connection | None = None  # for reading, for the next that asks for one
+        self._held: list[sqlite3.Connection] = []  # to a damaged database that could not be set aside yet
+        self._known_sets: set[str] | None = None  # that were set aside, as far as this object has looked
+        self._news: deque[OutboxDamaged] = deque()
         # Taken before the lock file's mutex where both are needed; reentrant for the same reason as that one.
         self._reading_mutex = threading.RLock()
         self._dirty = False  # something was committed since the last sync
@@ -75,6 +86,8 @@ class Database:
         self._next_look = 0.0
         self.reserve = Reserve(folder)
         self.on_written: Callable[[], None] = _nothing  # set by `watch`
+        # Called in any thread, and without the writer lock; until it is set, what there is to tell waits.
+        self.on_damaged: Callable[[OutboxDamaged], None] | None = None
         make_folder(folder)
         try:
             self.lock = LockFile.open(folder / LOCK_NAME)
@@ -92,7 +105,7 @@ class Database:
     @contextlib.contextmanager
     def write(self) -> Iterator[sqlite3.Connection]:
         """One transaction of the only writer; rolled back if the block raises.  It may not be nested."""
-        with self._writer() as connection, _translated():
+        with self._writer() as connection, self._translated():
             connection.execute("BEGIN IMMEDIATE")
             try:
                 yield connection
@@ -110,7 +123,7 @@ class Database:
         Under the writer lock, after whose release `wrote()` is to be called.  It may be called within another call by
         the same thread (a signal handler), as long as that has no transaction open.
         """
-        connection = self._connection or self._open()
+        connection = self._current()
         if connection.in_transaction:
             raise OutboxBusy("the call was made by a signal handler or a finalizer while its thread was writing")
         if self._trouble is not None:
@@ -119,7 +132,12 @@ class Database:
             return connection.execute(statement, parameters).rowcount
         except sqlite3.Error as problem:
             roll_back(connection)
-            raise self._note(storage_error(problem)) from problem
+            error = self._note(storage_error(problem))
+            if not is_damage(error):
+                raise error from problem
+        self._replace(error, self._generation)
+        with self._translated():
+            return self._current().execute(statement, parameters).rowcount
 
     def wrote(self, size: int) -> None:
         """About `size` bytes were committed, and the writer lock is free again.
@@ -132,6 +150,7 @@ class Database:
         self._dirty = True
         self._look()
         self.on_written()
+        self.tell()
 
     @contextlib.contextmanager
     def read(self, timeout: float = WRITE_TIMEOUT) -> Iterator[sqlite3.Connection]:
@@ -139,7 +158,7 @@ class Database:
 
         Raises `StorageError` if another thread keeps the connection for `timeout` seconds.
         """
-        with self._reader(timeout) as connection, _translated():
+        with self._reader(timeout) as connection:
             outermost = not connection.in_transaction
             if outermost:
                 connection.execute("BEGIN")
@@ -151,7 +170,13 @@ class Database:
 
     def read_one(self, statement: str, parameters: tuple[Any, ...] = (), timeout: float = WRITE_TIMEOUT) -> Any:
         """The first row of one statement, None if there is none; `timeout` as for `read`."""
-        with self._reader(timeout) as connection, _translated():
+        try:
+            with self._reader(timeout) as connection:
+                return connection.execute(statement, parameters).fetchone()
+        except StorageError as problem:
+            if not is_damage(problem):
+                raise
+        with self._reader(timeout) as connection:
             return connection.execute(statement, parameters).fetchone()
 
     # -- upkeep
@@ -198,7 +223,7 @@ class Database:
         """
         self.needs_checkpoint = False
         self.sync()  # before taking the lock: then the checkpoint's own sync of the WAL has nothing left to do
-        with self._writer() as connection, _translated():
+        with self._writer() as connection, self._translated():
             # Not to wait for a reader: all writers of the host would wait with us.
             connection.execute("PRAGMA busy_timeout=0")
             pragma = f"PRAGMA wal_checkpoint({'TRUNCATE' if truncate or self._scarce else 'PASSIVE'})"
@@ -250,7 +275,12 @@ class Database:
             raise StorageError(str(self._trouble), self._trouble.code)
 
     def make_room(self, problem: StorageError) -> bool:
-        """For a write of the sender's that failed: free the reserve and begin the WAL anew; whether to try again."""
+        """For a write of the sender's that failed: free the reserve and begin the WAL anew; whether to try again.
+
+        After damage it is worth another try as well: another database has taken the place of the damaged one.
+        """
+        if is_damage(problem):
+            return True
         if not is_full(problem):
             return False
         try:
@@ -280,7 +310,7 @@ class Database:
             if self.wal_bytes() > WAL_LIMIT_BYTES:
                 self._trouble = _held_by_reader()
             elif self.reserve.make() and not self.reserve.is_needed():
-                self._limit_pages(connection, _SPARE_PAGES)
+                self._limit_pages(self._current(), _SPARE_PAGES)  # a checkpoint may have found the database damaged
                 self._trouble = None
         return self._trouble is None
 
@@ -377,7 +407,7 @@ class Database:
 
     def _shrink(self, pages: int) -> int:
         """Give up to `pages` free pages back; how many there were."""
-        with self._writer() as connection, _translated():
+        with self._writer() as connection, self._translated():
             free: int = connection.execute("PRAGMA freelist_count").fetchone()[0]
             if free:
                 # Not execute(): the pragma is a statement without columns that has to be stepped once for each page,
@@ -389,59 +419,176 @@ class Database:
     def _writer(self) -> Iterator[sqlite3.Connection]:
         self.lock.acquire(WRITE_TIMEOUT)
         try:
-            yield self._connection or self._open()
+            yield self._current()
         finally:
             self.lock.release()
 
+    def _current(self) -> sqlite3.Connection:
+        """The connection for writing, under the writer lock: never one to a database that was set aside."""
+        connection = self._connection
+        if connection is None or self.lock.generation() != self._generation:
+            return self._open()
+        return connection
+
     @contextlib.contextmanager
     def _reader(self, timeout: float) -> Iterator[sqlite3.Connection]:
+        """The connection for reading, under its mutex."""
         if not self._reading_mutex.acquire(timeout=timeout):
             raise StorageError("the outbox is in use by another thread", "SQLITE_BUSY")
         try:
-            yield self._reading or self._open_for_reading(timeout)
+            reading = self._reading
+            if reading is None or (not reading.in_transaction and self.lock.generation() != self._reading_generation):
+                reading = self._open_for_reading(timeout)
+            generation = self._reading_generation
+            try:
+                yield reading
+            except sqlite3.Error as problem:
+                error = storage_error(problem)
+                if is_damage(error):
+                    self._replace(error, generation)
+                raise error from problem
         finally:
             self._reading_mutex.release()
+        if self._news:
+            self.tell()
+
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        """Under the writer lock: what SQLite raises becomes a `StorageError`; a damaged database is replaced."""
+        try:
+            yield
+        except sqlite3.Error as problem:
+            error = storage_error(problem)
+            if is_damage(error):
+                self._replace(error, self._generation)
+            raise error from problem
 
     def _open(self) -> sqlite3.Connection:
         """Connect, under the mutex; create or check the schema, which takes the writer lock."""
         if self._closed:
             raise StorageError("the outbox has been closed", "SQLITE_MISUSE")
         self.lock.acquire(WRITE_TIMEOUT)
+        old, self._connection = self._connection, None
+        connection = None
         try:
+            aside = finish(self.path)
             try:
-                connection = connect(self.path, full=self.full)
-            except sqlite3.Error:
-                if not self.reserve.free():  # opening takes space as well
-                    raise
-                connection = connect(self.path, full=self.full)
+                connection = self._connect()
+            except Damaged as problem:
+                self._hold(problem.connection)
+                aside = self._set_aside()
+                connection = self._connect()
             self._limit_pages(connection, _SPARE_PAGES)
+            # Opened here, and not when something is read, so that it is under the writer lock: a database that is just
+            # being set aside must not be opened, and who reads must not wait for the writers.
+            self._close_spare()
+            self._spare = connect_for_reading(self.path)
+            self._generation = self.lock.generation()
             self._connection = connection
+            self._look_for_sets(connection, aside)
             if not self.reserve.make():
                 self._refuse(_full())
-        except (sqlite3.Error, OSError) as problem:
+        except (Damaged, sqlite3.Error, OSError) as problem:
+            self._hold(connection)
             raise unavailable(self.path, problem) from problem
         finally:
+            if old is not None:
+                old.close()  # after the new one was opened: the last one to be closed makes a checkpoint
             self.lock.release()
         return connection
+
+    def _connect(self) -> sqlite3.Connection:
+        is_ours = self.reserve.exists()
+        try:
+            return connect(self.path, full=self.full, is_ours=is_ours)
+        except sqlite3.Error:
+            if not self.reserve.free():  # opening takes space as well
+                raise
+            return connect(self.path, full=self.full, is_ours=is_ours)
+
+    def _replace(self, problem: StorageError, generation: int) -> None:
+        """The database of that generation is damaged: put another in its place, unless that has been done.
+
+        Raises `OutboxError` if it can't be.
+        """
+        self.lock.acquire(WRITE_TIMEOUT)
+        try:
+            if self.lock.generation() != generation:
+                return
+            if sets_since(self.folder, _SETS_SECONDS) >= _MOST_SETS:
+                raise StorageError(
+                    f"{problem}; it has been damaged again and again: is the disk failing?", problem.code
+                )
+            try:
+                self._set_aside()
+            except (sqlite3.Error, OSError) as failure:
+                raise self._note(_not_replaced(failure)) from failure
+        finally:
+            self.lock.release()
+
+    def _set_aside(self) -> str:
+        """Under the writer lock.  The connections to the damaged database stay open until it is not there any more."""
+        try:
+            name = set_aside(self.path, self.lock.raise_generation)
+        except (sqlite3.Error, OSError):
+            if not self.reserve.free():
+                raise
+            name = set_aside(self.path, self.lock.raise_generation)
+        current, self._connection = self._connection, None
+        self._hold(current)
+        while self._held:
+            self._held.pop().close()
+        return name
+
+    def _hold(self, connection: sqlite3.Connection | None) -> None:
+        if connection is not None and connection is not self._connection:
+            self._held.append(connection)
+
+    def _look_for_sets(self, connection: sqlite3.Connection, aside: str | None) -> None:
+        """Have those told that this object has not seen yet; of the first time, only what it has just set aside."""
+        found = {each.name: each for each in told_sets(connection, self.folder)}
+        new = {aside} if self._known_sets is None else found.keys() - self._known_sets
+        self._known_sets = set(found)
+        for each in sorted(found.keys() & new):
+            kept = found[each]
+            self._news.append(OutboxDamaged(self.folder / kept.name, kept.events, kept.dead, kept.lost))
+            self._look_after = 0  # so that the next `wrote` takes the time to tell
+
+    def tell(self) -> None:
+        """Call `on_damaged` for what has been found and not been told yet.  Not under the writer lock."""
+        while self._news and self.on_damaged is not None:
+            try:
+                news = self._news.popleft()
+            except IndexError:  # another thread tells it
+                return
+            self.on_damaged(news)
 
     def _open_for_reading(self, timeout: float) -> sqlite3.Connection:
         if not self.lock.mutex.acquire(timeout=timeout):
             raise StorageError("the outbox is in use by another thread", "SQLITE_BUSY")
         try:
-            if self._connection is None:
-                self._open()  # first: it knows what may be wrong with the file
-            connection = connect_for_reading(self.path)
-        except sqlite3.Error as problem:
-            raise storage_error(problem) from problem
+            if self._connection is None or self._spare is None or self.lock.generation() != self._generation:
+                self._open()
+            connection, self._spare = self._spare, None
+            assert connection is not None
+            old, self._reading = self._reading, connection
+            self._reading_generation = self._generation
         finally:
             self.lock.mutex.release()
-        self._reading = connection
+        if old is not None:
+            old.close()
         return connection
+
+    def _close_spare(self) -> None:
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            spare.close()
 
     def _disconnect(self, timeout: float) -> None:
         reading, self._reading = self._reading, None
         if reading is not None:
             reading.close()
+        self._close_spare()
         connection, self._connection = self._connection, None
         if connection is None:
             return
@@ -465,11 +612,6 @@ def _size(path: Path) -> int:
         return 0
 
 
-def is_full(problem: StorageError) -> bool:
-    """Whether it may be for want of space: SQLite reports a file that may not grow as an I/O error."""
-    return problem.code in ("SQLITE_FULL", "SQLITE_IOERR")
-
-
 def _full() -> StorageError:
     return StorageError(
         "the disk is full: no event is accepted until delivery has made room, or something else is deleted",
@@ -485,12 +627,11 @@ def _held_by_reader() -> StorageError:
     )
 
 
-@contextlib.contextmanager
-def _translated() -> Iterator[None]:
-    try:
-        yield
-    except sqlite3.Error as problem:
-        raise storage_error(problem) from problem
+def _not_replaced(problem: Exception) -> StorageError:
+    error = storage_error(problem) if isinstance(problem, sqlite3.Error) else None
+    if error is None or is_damage(error):
+        error = StorageError(str(problem), "SQLITE_IOERR")
+    return StorageError(f"the outbox is damaged, and another can't be made: {error}", error.code)
 
 
 def _nothing() -> None:

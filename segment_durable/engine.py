@@ -20,7 +20,7 @@ from segment_durable.clock import Clock, SystemClock
 from segment_durable.config import Config
 from segment_durable.database_file import hold_inherited_locks
 from segment_durable.delivery import Delivery, Reporter
-from segment_durable.errors import ConfigError, OutboxError, OutboxFull
+from segment_durable.errors import ConfigError, OutboxDamaged, OutboxError, OutboxFull
 from segment_durable.limiter import Limiter
 from segment_durable.locks import abandon_inherited
 from segment_durable.outbox import Outbox
@@ -70,6 +70,7 @@ class Engine:
         self.sender = Sender(self.outbox, config, clock, self._make_delivery)
         self._full_log, self._full_call = Limiter(60.0, clock), Limiter(1.0, clock)
         self._trouble_log, self._trouble_call = Limiter(60.0, clock), Limiter(1.0, clock)
+        self.outbox.db.on_damaged = self._damaged
 
     def join(self, member: Member) -> None:
         """Let a client in; raises `ConfigError` if it can't share this outbox."""
@@ -150,6 +151,10 @@ class Engine:
         if times:
             self.reporter.call_on_error(OutboxFull(limit, times), [message])
 
+    def _damaged(self, problem: OutboxDamaged) -> None:
+        log.error("%s", problem)
+        self.reporter.call_on_error(problem, [])
+
     def _refused(self, problem: OutboxError, message: dict[str, Any] | None) -> None:
         times = self._trouble_log.tick()
         if times:
@@ -227,7 +232,8 @@ def attach(
             engine = Engine(member.config, clock or SystemClock(), make_transport=make_transport)
             _engines[key] = engine
         engine.join(member)
-        return engine
+    engine.outbox.db.tell()  # not before: a callback may make a client, and that takes the lock
+    return engine
 
 
 def detach(engine: Engine, member: Member, timeout: float) -> bool:

@@ -12,6 +12,7 @@
     |   +-- SourceMismatch                                   it belongs to another write key
     |   +-- OutboxFull                                       `max_queue_size` is reached
     |   +-- OutboxBusy                                       the writer lock was not to be had in time
+    |   +-- OutboxDamaged                                    it was damaged, and another has taken its place
     |   +-- StorageError                                     the disk is full, failing or read-only
     +-- DeliveryError                                        the receiver did not take a batch
     +-- EventsExpired                                        events grew older than `max_age`
@@ -35,6 +36,7 @@ __all__ = [
     "MessageTooLarge",
     "NotAnOutbox",
     "OutboxBusy",
+    "OutboxDamaged",
     "OutboxError",
     "OutboxFull",
     "OutboxUnavailable",
@@ -123,6 +125,24 @@ class OutboxFull(OutboxError):
 
 class OutboxBusy(OutboxError):
     """Another process or thread held the writer lock for too long; the event of this call was not accepted."""
+
+
+class OutboxDamaged(OutboxError):
+    """The database was damaged.  It is kept as `path`, what could be read is in a new one, and nothing has to be done.
+
+    `salvaged` events and `dead` dead letters were read; `lost` is how many of both were not, None if that is not known.
+    """
+
+    def __init__(self, path: str | Path, salvaged: int | None, dead: int | None, lost: int | None) -> None:
+        missing = "it is not known how many were lost" if lost is None else f"{lost} were lost"
+        super().__init__(
+            f"the outbox was damaged: {salvaged} events and {dead} dead letters were salvaged, {missing}; "
+            f"what it was is kept as {path}"
+        )
+        self.path = Path(path)
+        self.salvaged = salvaged
+        self.dead = dead
+        self.lost = lost
 
 
 class StorageError(OutboxError):

@@ -8,6 +8,7 @@ from threading import Lock, get_ident
 
 from segment_durable.db import WRITE_TIMEOUT, Database
 from segment_durable.errors import OutboxBusy, OutboxError, StorageError
+from segment_durable.sqlite_errors import is_damage
 
 __all__ = ["Intake"]
 
@@ -143,13 +144,6 @@ class Intake:
         with contextlib.suppress(IndexError):
             self._waiting[0].wake()
 
-    def _put_one(self, parameters: tuple[int, int, bytes]) -> bool:
-        self._db.lock.acquire(WRITE_TIMEOUT)
-        try:
-            return self._db.write_one(_PUT, parameters) == 1
-        finally:
-            self._db.lock.release()
-
     def _put_group(self) -> None:
         """Commit the puts that wait, in the order in which they came.  Under the mutex."""
         self._committing = True
@@ -165,14 +159,14 @@ class Intake:
                     del group[taken:]  # the last one was withdrawn, by its own thread, between two of these steps
             if not group:
                 return
-            if len(group) == 1:
-                group[0].accepted = self._put_one(group[0].parameters)
-            else:
-                self._db.check_space()
-                with self._db.write() as connection:
-                    accepted = [connection.execute(_PUT, put.parameters).rowcount == 1 for put in group]
-                for put, each in zip(group, accepted):
-                    put.accepted = each
+            try:
+                accepted = self._insert(group)
+            except StorageError as problem:
+                if not is_damage(problem):
+                    raise
+                accepted = self._insert(group)  # into the database that has taken the place of the damaged one
+            for put, each in zip(group, accepted):
+                put.accepted = each
         except BaseException as problem:
             for put in group:
                 put.error = problem if isinstance(problem, OutboxError) else StorageError("the write was interrupted")
@@ -184,3 +178,15 @@ class Intake:
             for put in group:
                 put.wake()
         self._db.wrote(sum(len(put.parameters[2]) for put in group))
+
+    def _insert(self, group: list[_Put]) -> list[bool]:
+        lock = self._db.lock
+        if len(group) == 1:
+            lock.acquire(WRITE_TIMEOUT)
+            try:
+                return [self._db.write_one(_PUT, group[0].parameters) == 1]
+            finally:
+                lock.release()
+        self._db.check_space()
+        with self._db.write() as connection:
+            return [connection.execute(_PUT, put.parameters).rowcount == 1 for put in group]

@@ -16,6 +16,7 @@ import random
 import stat
 import threading
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -95,6 +96,9 @@ class LockFile:
         # Bound once: both are called for each put.
         self._lock_file = partial(_lock, fd, _WRITER)
         self._unlock_file = partial(_unlock, fd, _WRITER)
+        # Which database the outbox is, as a number that grows with each that takes a damaged one's place: the length of
+        # the file, because looking at that is the cheapest thing that all processes can do before a write.
+        self.generation: Callable[[], int] = partial(os.lseek, fd, 0, os.SEEK_END)
         self.slot = self._take_slot()
         self.held: set[bytes] = set()  # tokens of the leases that this process is working on
 
@@ -206,6 +210,10 @@ class LockFile:
             self._gate.release()
         else:
             self.mutex.release()
+
+    def raise_generation(self) -> None:
+        """Another database is about to take the outbox's place.  Under the writer lock."""
+        os.ftruncate(self._fd, self.generation() + 1)
 
     @property
     def depth(self) -> int:

@@ -37,6 +37,7 @@ from segment_durable.errors import SourceMismatch, StorageError
 from segment_durable.intake import Intake
 from segment_durable.leases import AHEAD, between, end_lease, first_free, shrink, take_over
 from segment_durable.records import Backoff, DeadLetter, Lease, NotNow, OutboxStats, Row
+from segment_durable.sqlite_errors import is_damage
 from segment_durable.views import LEASES, TOTALS, read_backoff, read_stats
 
 __all__ = ["Outbox"]
@@ -63,6 +64,21 @@ def _with_reserve(method: Callable[Concatenate[Outbox, P], R]) -> Callable[Conca
             return method(self, *args, **named)
         except StorageError as problem:
             if not self.db.make_room(problem):
+                raise
+        return method(self, *args, **named)
+
+    return trying
+
+
+def _after_damage(method: Callable[Concatenate[Outbox, P], R]) -> Callable[Concatenate[Outbox, P], R]:
+    """Read once more if the database was damaged: another has taken its place."""
+
+    @wraps(method)
+    def trying(self: Outbox, /, *args: P.args, **named: P.kwargs) -> R:
+        try:
+            return method(self, *args, **named)
+        except StorageError as problem:
+            if not is_damage(problem):
                 raise
         return method(self, *args, **named)
 
@@ -148,6 +164,7 @@ class Outbox:
             self.db.lock.held.add(lease.token)  # on a rollback nobody will ever ask for that token
         return lease
 
+    @_after_damage
     def rows(self, first: int, last: int, max_bytes: int = _NO_LIMIT) -> list[Row]:
         """The events with these ids, in order; some may have left.
 
@@ -164,6 +181,7 @@ class Outbox:
                     break
         return found
 
+    @_after_damage
     def joined(self, first: int, last: int, limit: int) -> tuple[int, int, int, bytes]:
         """The first `limit` events with these ids: how many, the first and the last id, the bodies joined by commas.
 
@@ -301,6 +319,7 @@ class Outbox:
 
     # -- dead letters
 
+    @_after_damage
     def dead_letters(self, limit: int = -1) -> list[DeadLetter]:
         """The dead letters, oldest first; at most `limit`, -1 means all."""
         with self.db.read() as connection:
@@ -366,10 +385,12 @@ class Outbox:
         last, _, delivered, buried, erased, expired, *_ = self.db.read_one(TOTALS)
         return int(last - delivered - buried - erased - expired)
 
+    @_after_damage
     def backoff(self) -> Backoff:
         with self.db.read() as connection:
             return read_backoff(connection, self._clock)
 
+    @_after_damage
     def stats(self) -> OutboxStats:
         with self.db.read() as connection:
             return read_stats(connection, self._clock, self.db.size_on_disk(), self._is_dead)
@@ -391,14 +412,15 @@ class Outbox:
             connection.execute("UPDATE state SET erased = erased + ?, last_id = max(last_id, ?)", (erased, highest))
         return erased
 
+    @_after_damage
     def _claim(self, write_key: str) -> None:
         """Mark a new outbox as this source's; raise `SourceMismatch` if it is another's."""
         with self.db.write() as connection:
             facts = dict(connection.execute("SELECT name, value FROM meta").fetchall())
-            if "source_digest" not in facts:
+            if not {"source_salt", "source_digest"} <= facts.keys():
                 salt = secrets.token_hex(16)
                 connection.executemany(
-                    "INSERT INTO meta VALUES (?, ?)",
+                    "INSERT OR REPLACE INTO meta VALUES (?, ?)",
                     [("source_salt", salt), ("source_digest", _digest(salt, write_key))],
                 )
                 return

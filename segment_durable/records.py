@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-__all__ = ["Backoff", "DeadLetter", "Lease", "NotNow", "OutboxStats", "Row"]
+__all__ = ["Backoff", "DamagedSet", "DeadLetter", "Lease", "NotNow", "OutboxStats", "Row", "Salvaged"]
 
 
 class Row(NamedTuple):
@@ -13,6 +13,25 @@ class Row(NamedTuple):
 
     id: int
     body: bytes
+
+
+class Salvaged(NamedTuple):
+    """What was got out of a damaged database; None: not known."""
+
+    events: int | None
+    dead: int | None
+    lost: int | None  # events and dead letters that could not be read
+
+
+@dataclass(frozen=True)
+class DamagedSet:
+    """A damaged database that is kept in the folder of the outbox: `name`, and beside it its WAL."""
+
+    name: str
+    bytes: int
+    events: int | None  # that were salvaged; None: not known
+    dead: int | None
+    lost: int | None
 
 
 @dataclass(frozen=True)

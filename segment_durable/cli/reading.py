@@ -18,8 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from segment_durable.database_file import APPLICATION_ID, BUSY_TIMEOUT, DATABASE_NAME, SCHEMA_VERSION
+from segment_durable.database_file import BUSY_TIMEOUT, DATABASE_NAME, SCHEMA_VERSION
 from segment_durable.errors import NotAnOutbox, OutboxUnavailable
+from segment_durable.identity import APPLICATION_ID
 
 __all__ = ["Reader"]
 

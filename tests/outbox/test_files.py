@@ -270,15 +270,15 @@ def test_what_another_application_left_in_its_journal_is_not_touched(
     assert kept(folder, before) == before
 
 
-def test_a_file_that_is_no_database_is_refused_and_not_touched(
+def test_a_file_that_is_no_database_is_kept_under_another_name(
     outbox_factory: Callable[..., Outbox], folder: Path
 ) -> None:
+    """It may be what a disk has made of an outbox, and that must not keep a program from starting."""
     folder.mkdir()
     (folder / "outbox.db").write_bytes(b"My diary. " * 500)
-    before = contents(folder)
-    with pytest.raises(NotAnOutbox, match="not touched"):
-        outbox_factory()
-    assert contents(folder) == before
+    assert outbox_factory().put(b"x", 1)
+    (kept,) = folder.glob("outbox.db.damaged-*")
+    assert kept.read_bytes() == b"My diary. " * 500
 
 
 @pytest.mark.parametrize("name", ["outbox.db", "outbox.lock"])
@@ -428,7 +428,8 @@ def test_being_refused_leaves_no_descriptor(
         with pytest.raises(OutboxUnavailable, match="No locks available"):
             outbox_factory()
     assert descriptors() == before
-    (folder / "outbox.db").write_bytes(b"My diary. " * 500)
+    (folder / "outbox.db").unlink()
+    make_foreign(folder / "outbox.db").close()
     with pytest.raises(NotAnOutbox):
         outbox_factory()
     assert descriptors() == before

@@ -1,0 +1,54 @@
+"""What SQLite's errors mean: no space, a damaged file, or something else."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from pathlib import Path
+
+from segment_durable.errors import StorageError
+
+__all__ = ["is_damage", "is_full", "is_unusable", "storage_error"]
+
+# Python 3.10 does not give the result code, only SQLite's fixed English text for it.
+_CODES = {
+    "database or disk is full": "SQLITE_FULL",
+    "disk I/O error": "SQLITE_IOERR",
+    "database is locked": "SQLITE_BUSY",
+    "attempt to write a readonly database": "SQLITE_READONLY",
+    "unable to open database file": "SQLITE_CANTOPEN",
+    "database disk image is malformed": "SQLITE_CORRUPT",
+    "file is not a database": "SQLITE_NOTADB",
+}
+
+
+# What SQLite says of a file that it can open, and that is not what it should be.
+_UNUSABLE = (
+    *("malformed database schema", "unsupported file format", "Could not decode to UTF-8", "no such table"),
+    *("no such column", "table event already exists", "attached databases must use the same text encoding"),
+)
+
+
+def storage_error(problem: sqlite3.Error) -> StorageError:
+    text = str(problem)
+    if text.startswith("Could not decode"):  # and goes on with what it could not decode
+        text = "there is text that is not UTF-8"
+    code = "SQLITE_CORRUPT" if str(problem).startswith(_UNUSABLE) else _CODES.get(text, "SQLITE_ERROR")
+    return StorageError(f"the outbox can't be used: {text}", code)
+
+
+def is_full(problem: StorageError) -> bool:
+    """Whether it may be for want of space: SQLite reports a file that may not grow as an I/O error."""
+    return problem.code in ("SQLITE_FULL", "SQLITE_IOERR")
+
+
+def is_damage(problem: StorageError) -> bool:
+    """Whether it is because the file is damaged."""
+    return problem.code in ("SQLITE_CORRUPT", "SQLITE_NOTADB")
+
+
+def is_unusable(problem: sqlite3.Error, path: Path) -> bool:
+    """Whether an attempt to open the file has failed because it is damaged."""
+    error = storage_error(problem)
+    # The file itself can say that it may only be read.
+    return is_damage(error) or (error.code == "SQLITE_READONLY" and os.access(path, os.W_OK))
