@@ -9,7 +9,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from segment_durable.errors import NotAnOutbox
-from segment_durable.sqlite_errors import is_unusable
+from segment_durable.sqlite_errors import is_unusable, storage_error
 
 __all__ = ["APPLICATION_ID", "Damaged", "check_content", "check_identity", "check_wal"]
 
@@ -90,6 +90,11 @@ def check_content(connection: sqlite3.Connection) -> None:
     """Raise `Damaged` or `sqlite3.Error` for what can be seen at once: a look at each table, and at the books."""
     for table in _TABLES:
         connection.execute(f"SELECT * FROM {table} LIMIT 1").fetchone()
+    try:
+        connection.execute("UPDATE state SET last_id = last_id WHERE 0")  # the file itself can say that it is read-only
+    except sqlite3.OperationalError as problem:
+        if storage_error(problem).code != "SQLITE_BUSY":  # which a foreign program may cause, and which passes
+            raise
     facts = connection.execute(_BOOKS).fetchone()
     if connection.execute("SELECT 1 FROM backoff").fetchone() is None or facts is None:
         raise Damaged("a row is missing")

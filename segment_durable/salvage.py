@@ -29,6 +29,7 @@ DAMAGE_FACT = "damaged:"  # in `meta`, before the name of a set that was put asi
 _ROOTS = {"event": 3, "dead": 4, "state": 6, "meta": 8}
 _SHAPES: dict[str, tuple[type, ...]] = {"event": (int, bytes), "dead": (int, int, int, str, str, bytes)}
 _SOURCE = {"source_salt": re.compile("[0-9a-f]{32}"), "source_digest": re.compile("[0-9a-f]{64}")}
+_OUTBOX_ID = re.compile("[0-9a-f]{32}")
 _MARGIN = 1_000_000  # ids that are skipped where it is not known which ones were given
 _LEAST_ROW_BYTES = 8
 _DAY = 86_400_000  # milliseconds
@@ -96,7 +97,8 @@ class _Source:
         return kept
 
     def outbox_id(self) -> str | None:
-        return self.facts().get("outbox_id")
+        found = _OUTBOX_ID.fullmatch(self.facts().get("outbox_id", ""))
+        return found[0] if found else None
 
     def state(self) -> list[int] | None:
         """last_id, delivered, buried, erased, expired, requeued, dead_erased; None if that can't be."""
@@ -124,24 +126,26 @@ def _choose(main: int | None, wal: int | None) -> _Source:
     """The file with its WAL, or without one that is not its own.
 
     What a WAL adds to its own file makes sense; so if the file alone does and both together do not, or if both are
-    different outboxes, another database's WAL was put beside it.
+    different outboxes, another database's WAL was put beside it.  Where both tells against the other, as where the
+    file's own id is damaged, the one that can be read as a whole is right.
     """
     pages = Pages(main, wal, PAGE_SIZE)
     both = _Source(pages)
     if main is None or not pages.has_wal:
         return both
     alone = _Source(Pages(main, None, PAGE_SIZE))
-    if (alone.is_whole() and not both.is_whole()) or alone.outbox_id() not in (None, both.outbox_id()):
-        return alone
-    return both
+    if None in (alone.outbox_id(), both.outbox_id()) or alone.outbox_id() == both.outbox_id():
+        return alone if alone.is_whole() and not both.is_whole() else both
+    return both if both.is_whole() and not alone.is_whole() else alone
 
 
 def _copy(source: _Source, connection: sqlite3.Connection, size: int) -> Salvaged:
     source.trees.broken = 0
-    counts, highest = [], 0
+    counts, highest, reached_end = [], 0, True
     for table, shape in _SHAPES.items():
         insert = f"INSERT OR IGNORE INTO {table} VALUES ({', '.join('?' * (len(shape) + 1))})"
         connection.executemany(insert, source.rows(table, stray=False))
+        reached_end = reached_end and source.trees.reached_end
         top, count = connection.execute(f"SELECT ifnull(max(id), 0), count(*) FROM {table}").fetchone()
         highest = max(highest, top)
         counts.append(count)
@@ -157,10 +161,13 @@ def _copy(source: _Source, connection: sqlite3.Connection, size: int) -> Salvage
                 connection.execute(
                     f"INSERT INTO {table} VALUES ({', '.join('?' * (len(shape) + 1))})", (last, *row[1:])
                 )
+    if not reached_end or state is None:
         last += _MARGIN
     pending, dead = counts
     last = max(last, pending + dead)
     delivered, erased, expired, dead_erased, lost = _books(state, known, pending, dead)
+    if not reached_end or (lost or 0) * _LEAST_ROW_BYTES > size:
+        lost = None
     # An id that no event has any more is booked as buried and requeued: it was given twice, so to speak, and so it
     # counts neither as accepted nor as anything else.
     buried = last - pending - delivered - erased - expired
@@ -169,7 +176,7 @@ def _copy(source: _Source, connection: sqlite3.Connection, size: int) -> Salvage
         "dead_erased = ?",
         (last, delivered, buried, erased, expired, buried - dead_erased - dead, dead_erased),
     )
-    return Salvaged(pending, dead, None if lost is None or lost * _LEAST_ROW_BYTES > size else lost)
+    return Salvaged(pending, dead, lost)
 
 
 def _books(state: list[int] | None, last: int, pending: int, dead: int) -> tuple[int, int, int, int, int | None]:

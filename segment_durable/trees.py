@@ -28,15 +28,21 @@ class TableRow(NamedTuple):
 
 
 class Trees:
-    """Reads the tables in `pages`; `broken` counts the pages and the cells that made no sense meanwhile."""
+    """Reads the tables in `pages`; `broken` counts the pages and the cells that made no sense meanwhile.
+
+    `reached_end`: whether the last table could be read up to its highest id.
+    """
 
     def __init__(self, pages: Pages) -> None:
         self._pages = pages
         self.broken = 0
+        self.reached_end = False
 
     def rows(self, root: int) -> Iterator[TableRow]:
         """The rows of the table whose tree begins at the page `root`, in order."""
+        self.reached_end = False
         for page, start, low, high in self._leaves(root):
+            broken = self.broken
             for cell in self._cells(page, start):
                 try:
                     length, at = _varint(page, cell)
@@ -51,6 +57,7 @@ class Trees:
                 else:
                     low = number + 1
                 yield TableRow(number, values, stray)
+            self.reached_end = high == HIGHEST_ID and self.broken == broken
 
     def entries(self, root: int) -> Iterator[list[Any]]:
         """The rows of a table WITHOUT ROWID, in no order."""
