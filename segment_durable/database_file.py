@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 from segment_durable.errors import NotAnOutbox, OutboxUnavailable
 from segment_durable.identity import APPLICATION_ID, Damaged, check_content, check_identity, check_wal
-from segment_durable.sqlite_errors import is_damage, is_unusable, storage_error
+from segment_durable.sqlite_errors import SQLITE_PROBLEMS, is_damage, is_unusable, storage_error
 
 __all__ = [
     "CHECKPOINT_BYTES",
@@ -69,7 +69,7 @@ def connect(path: Path, *, full: bool, is_ours: bool) -> sqlite3.Connection:
         connection.execute(f"PRAGMA synchronous={'FULL' if full else 'NORMAL'}")
         connection.execute("PRAGMA secure_delete=FAST")  # some builds default to ON, which rewrites deleted pages
         connection.execute("PRAGMA temp_store=MEMORY")
-    except (Damaged, sqlite3.Error) as problem:
+    except (Damaged, *SQLITE_PROBLEMS) as problem:
         if isinstance(problem, Damaged) or is_unusable(problem, path):
             raise Damaged(problem, connection) from problem
         connection.close()

@@ -35,7 +35,7 @@ from segment_durable.identity import Damaged
 from segment_durable.locks import LockFile
 from segment_durable.quarantine import finish, set_aside, sets_since, told_sets
 from segment_durable.reserve import Reserve
-from segment_durable.sqlite_errors import is_damage, is_full, storage_error
+from segment_durable.sqlite_errors import SQLITE_PROBLEMS, is_damage, is_full, storage_error
 
 __all__ = ["LOCK_NAME", "Database"]
 
@@ -130,7 +130,7 @@ class Database:
             self.check_space()
         try:
             return connection.execute(statement, parameters).rowcount
-        except sqlite3.Error as problem:
+        except SQLITE_PROBLEMS as problem:
             roll_back(connection)
             error = self._note(storage_error(problem))
             if not is_damage(error):
@@ -287,6 +287,9 @@ class Database:
             with self._writer() as connection:
                 if connection.in_transaction:
                     return False
+                if problem.code == "SQLITE_FULL" and self._is_damaged_and_not_full(connection):
+                    self._replace(problem, self._generation)
+                    return True
                 self.reserve.free()
                 self._limit_pages(connection, 0)
                 with contextlib.suppress(OutboxError):
@@ -294,6 +297,21 @@ class Database:
         except OutboxError:
             return False
         return True
+
+    def _is_damaged_and_not_full(self, connection: sqlite3.Connection) -> bool:
+        """Whether SQLite has said that the disk is full, and it is not.
+
+        It says so, too, of a damaged page that refers to one beyond the largest that a database can have.  Whoever
+        delivers would find that at each attempt, and send the same events for ever.
+        """
+        (pages,) = connection.execute("PRAGMA page_count").fetchone()
+        (most,) = connection.execute("PRAGMA max_page_count").fetchone()
+        if self.reserve.is_needed() or pages >= most:
+            return False
+        try:
+            return bool(connection.execute("PRAGMA quick_check(1)").fetchone() != ("ok",))
+        except SQLITE_PROBLEMS as problem:
+            return is_damage(storage_error(problem))
 
     def recover(self) -> bool:
         """Make the WAL short, give space back and make the reserve again; whether puts are accepted now."""
@@ -442,7 +460,7 @@ class Database:
             generation = self._reading_generation
             try:
                 yield reading
-            except sqlite3.Error as problem:
+            except SQLITE_PROBLEMS as problem:
                 error = storage_error(problem)
                 if is_damage(error):
                     self._replace(error, generation)
@@ -457,7 +475,7 @@ class Database:
         """Under the writer lock: what SQLite raises becomes a `StorageError`; a damaged database is replaced."""
         try:
             yield
-        except sqlite3.Error as problem:
+        except SQLITE_PROBLEMS as problem:
             error = storage_error(problem)
             if is_damage(error):
                 self._replace(error, self._generation)

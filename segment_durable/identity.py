@@ -9,7 +9,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from segment_durable.errors import NotAnOutbox
-from segment_durable.sqlite_errors import is_unusable, storage_error
+from segment_durable.sqlite_errors import SQLITE_PROBLEMS, is_unusable, storage_error
 
 __all__ = ["APPLICATION_ID", "Damaged", "check_content", "check_identity", "check_wal"]
 
@@ -53,7 +53,7 @@ def check_identity(path: Path, *, is_ours: bool) -> str | None:
             if application == APPLICATION_ID:
                 return _outbox_id(connection)
             tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master")}
-        except sqlite3.DatabaseError as problem:
+        except SQLITE_PROBLEMS as problem:
             if not is_unusable(problem, path):
                 raise
             if application and not is_ours:
@@ -81,7 +81,7 @@ def check_wal(connection: sqlite3.Connection, outbox_id: str) -> None:
 def _outbox_id(connection: sqlite3.Connection) -> str:
     try:
         found = connection.execute("SELECT value FROM meta WHERE name = 'outbox_id'").fetchone()
-    except sqlite3.DatabaseError:
+    except SQLITE_PROBLEMS:
         return ""
     return "" if found is None else str(found[0])
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from segment_durable.errors import StorageError
 
-__all__ = ["is_damage", "is_full", "is_unusable", "storage_error"]
+__all__ = ["SQLITE_PROBLEMS", "is_damage", "is_full", "is_unusable", "storage_error"]
 
 # Python 3.10 does not give the result code, only SQLite's fixed English text for it.
 _CODES = {
@@ -29,11 +29,16 @@ _UNUSABLE = (
 )
 
 
-def storage_error(problem: sqlite3.Error) -> StorageError:
+# Python raises the second where the text of an error quotes a schema that is not UTF-8.
+SQLITE_PROBLEMS = (sqlite3.Error, UnicodeError)
+
+
+def storage_error(problem: Exception) -> StorageError:
+    """`problem` is one of `SQLITE_PROBLEMS`."""
     text = str(problem)
-    if text.startswith("Could not decode"):  # and goes on with what it could not decode
-        text = "there is text that is not UTF-8"
-    code = "SQLITE_CORRUPT" if str(problem).startswith(_UNUSABLE) else _CODES.get(text, "SQLITE_ERROR")
+    code = "SQLITE_CORRUPT" if text.startswith(_UNUSABLE) else _CODES.get(text, "SQLITE_ERROR")
+    if isinstance(problem, UnicodeError) or text.startswith("Could not decode"):  # which quotes what it can't decode
+        text, code = "there is text that is not UTF-8", "SQLITE_CORRUPT"
     return StorageError(f"the outbox can't be used: {text}", code)
 
 
@@ -47,7 +52,7 @@ def is_damage(problem: StorageError) -> bool:
     return problem.code in ("SQLITE_CORRUPT", "SQLITE_NOTADB")
 
 
-def is_unusable(problem: sqlite3.Error, path: Path) -> bool:
+def is_unusable(problem: Exception, path: Path) -> bool:
     """Whether an attempt to open the file has failed because it is damaged."""
     error = storage_error(problem)
     # The file itself can say that it may only be read.
