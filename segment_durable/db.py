@@ -117,8 +117,12 @@ class Database:
                 raise
         self.wrote(4 * PAGE_SIZE)
 
-    def write_one(self, statement: str, parameters: tuple[Any, ...]) -> int:
+    def write_one(
+        self, statement: str, parameters: tuple[Any, ...], ready: Callable[[], None] | None = None
+    ) -> int:
         """One statement in a transaction of its own, which is what a put is; how many rows it changed.
+
+        `ready` is called when nothing but SQLite is left to wait for.
 
         Under the writer lock, after whose release `wrote()` is to be called.  It may be called within another call by
         the same thread (a signal handler), as long as that has no transaction open.
@@ -128,6 +132,8 @@ class Database:
             raise OutboxBusy("the call was made by a signal handler or a finalizer while its thread was writing")
         if self._trouble is not None:
             self.check_space()
+        if ready is not None:
+            ready()
         try:
             return connection.execute(statement, parameters).rowcount
         except SQLITE_PROBLEMS as problem:

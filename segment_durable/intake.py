@@ -8,67 +8,100 @@ from threading import Lock, get_ident
 
 from segment_durable.db import WRITE_TIMEOUT, Database
 from segment_durable.errors import OutboxBusy, OutboxError, StorageError
-from segment_durable.sqlite_errors import is_damage
 
 __all__ = ["Intake"]
 
 _NO_LIMIT = 1 << 62
-_MAX_GROUP = 500  # puts in one transaction
 
-# Limit, id and insert in one statement.  The last id ever given is max(the last row, state.last_id), because SQLite
-# alone would hand the ids of a deleted tail out again; what has left is counted in `state`, so the number of events
-# waiting is a subtraction.  At the limit the id is that of a row that exists, and so the row is ignored.  (INSERT ...
-# SELECT ... WHERE would say it more plainly, and take 1.5 us longer: it reads the table that it writes, and so goes
-# through a temporary one.)
-_PUT = """
-INSERT OR IGNORE INTO event (id, appended_at, body)
-VALUES ((
-    SELECT CASE WHEN last - gone < ? THEN last + 1 ELSE (SELECT max(id) FROM event) END
+# The last id ever given is max(the last row, state.last_id), because SQLite alone would hand the ids of a deleted tail
+# out again; what has left is counted in `state`, so the number of events waiting is a subtraction.  Each LIMIT keeps
+# SQLite from merging the queries, which would look for the last row once for each time that it is named.
+_LAST = """
+    SELECT highest, max(last_id, ifnull(highest, 0)) AS last, gone
     FROM (
-        SELECT max(last_id, ifnull((SELECT max(id) FROM event), 0)) AS last,
-               delivered + buried + erased + expired AS gone
-        FROM state
-    )
-), ?, ?)
+        SELECT (SELECT max(id) FROM event) AS highest, last_id, delivered + buried + erased + expired AS gone
+        FROM state LIMIT 1
+    ) LIMIT 1
 """
+
+# Limit, id and insert in one statement.  At the limit the id is that of a row that exists, and so the row is ignored.
+# (INSERT ... SELECT ... WHERE would say it more plainly, and take 1.5 us longer: it reads the table that it writes, and
+# so goes through a temporary one.)
+_PUT = f"""
+INSERT OR IGNORE INTO event (id, appended_at, body)
+VALUES ((SELECT CASE WHEN last - gone < ? THEN last + 1 ELSE highest END FROM ({_LAST})), ?, ?)
+"""
+
+
+def _put_group(rows: int) -> str:
+    """The same for so many events, of which those without a body are left out; the limit is the last parameter.
+
+    One statement and so one step: Python's sqlite3 gives the interpreter lock away at each, and gets it back only when
+    the threads that come for the next group let it have it.
+    """
+    values = ", ".join(f"({number}, ?, ?)" for number in range(1, rows + 1))
+    return f"""
+INSERT INTO event (id, appended_at, body)
+SELECT last + column1, column2, column3 FROM ({_LAST}), (VALUES {values})
+WHERE column3 IS NOT NULL AND last - gone + column1 <= ?
+"""
+
+
+# Few sizes, for each is a statement to be prepared and kept; the largest has less than SQLite's 999 parameters.
+_GROUPS = {rows: _put_group(rows) for rows in (4, 16, 64, 256)}
+_MAX_GROUP = max(_GROUPS)
+_MAX_TURN = 4  # groups that a thread commits before it leaves that to another, where each waits for the disk
 
 
 class _Put:
     """A put that waits for a thread to commit it together with others."""
 
-    __slots__ = ("_turn", "accepted", "error", "parameters", "thread")
+    __slots__ = ("_turn", "_waits", "accepted", "error", "parameters", "thread")
 
     def __init__(self, parameters: tuple[int, int, bytes]) -> None:
         self.parameters = parameters
         self.accepted: bool | None = None
         self.error: BaseException | None = None
         self.thread = get_ident()
+        self._waits = False
         self._turn = Lock()
         self._turn.acquire()
 
     def wait(self, seconds: float) -> bool:
         """Wait until it may be done, or the first of those who wait; False if that takes too long."""
-        return self._turn.acquire(timeout=seconds)
+        self._waits = True
+        try:
+            return self._turn.acquire(timeout=seconds)
+        finally:
+            self._waits = False
 
-    def wake(self) -> None:
+    def wake(self) -> bool:
+        """Whether a thread waits for it."""
         with contextlib.suppress(RuntimeError):  # it is awake already
             self._turn.release()
+        return self._waits
 
 
 class Intake:
     """Appends events to the table `event` of `database`; an `Outbox` has one.
 
     Threads that come while another writes wait for the writer lock, and the first to get it commits the events of all.
-    Where each commit waits for the disk only the first waits for the lock, and the others for it: those whose event is
-    committed could not return before they had the lock, while the fastest thread took it again and again for its own
-    event alone (6,500 events a second from 16 threads, and 11,000 so).  Without that wait it is the other way round: it
-    is quicker to let the thread that runs go on than to wake each for its turn (26,000 from 8 threads, and 18,000 so).
+
+    Where each commit waits for the disk (`full`) one thread leads: it commits group after group, up to `_MAX_TURN`, and
+    the others wait for their results rather than for the lock.  What counts there is that the disk is not idle, and that
+    no thread waits for the interpreter lock more often than it must: so of those whose event is committed the first is
+    woken just before the next commit, when nothing but the disk is left to wait for, and each of them wakes the next.
+
+    Otherwise it is the other way round: it is quicker to let the thread that runs go on than to wake each for its turn
+    (26,000 events a second from 8 threads, and 18,000 so).
     """
 
     def __init__(self, database: Database) -> None:
         self._db = database
         self._waiting: deque[_Put] = deque()
+        self._done: deque[_Put] = deque()  # whose threads are to be woken, one by the other
         self._committing = False
+        self._leader: int | None = None  # the thread that commits for all, with `full`
 
     def put(self, body: bytes, appended_at: int, max_pending: int = 0) -> bool:
         """Append one event; it is committed when the call returns.
@@ -87,18 +120,19 @@ class Intake:
             return accepted == 1
         put = _Put(parameters)
         self._waiting.append(put)
-        if self._is_to_commit(put):
+        try:
+            is_to_commit = self._is_to_commit(put)
+        except BaseException:  # also a signal handler's: nobody would be behind the first of those who wait
+            self._withdraw(put)
+            self._pass_on()
+            raise
+        if is_to_commit:
             try:
-                if self._committing:  # and so this is a signal handler or a finalizer in the very thread that commits
-                    self._withdraw(put)
-                    raise OutboxBusy(
-                        "the call was made by a signal handler or a finalizer while its thread was writing"
-                    )
-                while put.accepted is None and put.error is None:
-                    self._put_group()
+                self._commit_waiting(put)
             finally:
+                self._leader = None
                 lock.mutex.release()
-                self._wake_first()
+                self._pass_on()
         if put.accepted is None and put.error is not None:
             raise put.error
         return bool(put.accepted)
@@ -107,27 +141,29 @@ class Intake:
         """Wait until another thread has committed that put, or it is this one's to do: then it has the mutex."""
         lock = self._db.lock
         in_time = True
-        if self._db.full and not self._is_first_ours():
-            in_time = put.wait(WRITE_TIMEOUT)
+        if self._db.full and not self._is_first():
+            in_time = self._wait(put, WRITE_TIMEOUT)
             if put.accepted is not None or put.error is not None:
                 return False
         if in_time and lock.acquire_mutex(WRITE_TIMEOUT):
             return True
         if self._withdraw(put):
-            self._wake_first()
             raise OutboxBusy(f"another thread has been writing to the outbox for {WRITE_TIMEOUT:g} s")
         # The thread that writes has just taken it along: see how that ends.
         while put.accepted is None and put.error is None:
-            if not put.wait(2 * WRITE_TIMEOUT):
+            if not self._wait(put, 2 * WRITE_TIMEOUT):
                 raise OutboxBusy("another thread is still writing this event to the outbox")
         return False
 
-    def _is_first_ours(self) -> bool:
-        """Whether the first of those who wait is of this thread.
+    def _is_first(self) -> bool:
+        """Whether nobody leads, and the first of those who wait is of this thread.
 
-        That may be another put than the one at hand: a signal handler can't wait for what the call that it has
-        interrupted was about to do.
+        That may be another put than the one at hand, and this thread may be the leader itself: a signal handler can't
+        wait for what the call that it has interrupted was about to do.
         """
+        leader = self._leader
+        if leader is not None:
+            return leader == get_ident()
         try:
             return self._waiting[0].thread == get_ident()
         except IndexError:
@@ -140,12 +176,48 @@ class Intake:
             return False
         return True
 
-    def _wake_first(self) -> None:
-        with contextlib.suppress(IndexError):
-            self._waiting[0].wake()
+    def _wait(self, put: _Put, seconds: float) -> bool:
+        try:
+            return put.wait(seconds)
+        finally:
+            self._wake_next()
 
-    def _put_group(self) -> None:
-        """Commit the puts that wait, in the order in which they came.  Under the mutex."""
+    def _pass_on(self) -> None:
+        """Leave the rest to the first of those who wait; if there is none, have those woken who are done."""
+        try:
+            self._waiting[0].wake()
+        except IndexError:
+            self._wake_next()
+
+    def _wake_next(self) -> None:
+        with contextlib.suppress(IndexError):
+            while not self._done.popleft().wake():
+                pass
+
+    def _commit_waiting(self, put: _Put) -> None:
+        """Commit what waits, under the mutex: that put in any case."""
+        if self._committing:  # and so this is a signal handler or a finalizer in the very thread that commits
+            self._withdraw(put)
+            raise OutboxBusy("the call was made by a signal handler or a finalizer while its thread was writing")
+        groups = size = 0
+        lock = self._db.lock
+        lock.acquire(WRITE_TIMEOUT)
+        try:
+            if self._db.full:
+                self._leader = get_ident()
+            while (put.accepted is None and put.error is None) or (self._leader and self._waiting and groups < _MAX_TURN):
+                size += self._put_group()
+                groups += 1
+        finally:
+            lock.release()
+        if size:
+            self._db.wrote(size)
+
+    def _put_group(self) -> int:
+        """Commit the puts that wait, in the order in which they came, as far as they have the same limit.
+
+        Under the writer lock.  How many bytes that were.
+        """
         self._committing = True
         group: list[_Put] = []
         try:
@@ -155,38 +227,35 @@ class Intake:
                     # Into the group first: an exception in between, from a signal handler, must not lose one.
                     group.append(self._waiting[0])
                     group[-1] = self._waiting.popleft()
+                    if group[-1].parameters[0] != group[0].parameters[0]:
+                        self._waiting.appendleft(group[-1])
+                        del group[taken:]
+                        break
                 except IndexError:
                     del group[taken:]  # the last one was withdrawn, by its own thread, between two of these steps
             if not group:
-                return
-            try:
-                accepted = self._insert(group)
-            except StorageError as problem:
-                if not is_damage(problem):
-                    raise
-                accepted = self._insert(group)  # into the database that has taken the place of the damaged one
-            for put, each in zip(group, accepted):
-                put.accepted = each
+                return 0
+            accepted = self._insert(group)
+            for number, put in enumerate(group):
+                put.accepted = number < accepted
         except BaseException as problem:
             for put in group:
                 put.error = problem if isinstance(problem, OutboxError) else StorageError("the write was interrupted")
             if not isinstance(problem, OutboxError):
                 raise
-            return
+            return 0
         finally:
             self._committing = False
-            for put in group:
-                put.wake()
-        self._db.wrote(sum(len(put.parameters[2]) for put in group))
+            self._done.extend(group)
+        return sum(len(put.parameters[2]) for put in group)
 
-    def _insert(self, group: list[_Put]) -> list[bool]:
-        lock = self._db.lock
-        if len(group) == 1:
-            lock.acquire(WRITE_TIMEOUT)
-            try:
-                return [self._db.write_one(_PUT, group[0].parameters) == 1]
-            finally:
-                lock.release()
-        self._db.check_space()
-        with self._db.write() as connection:
-            return [connection.execute(_PUT, put.parameters).rowcount == 1 for put in group]
+    def _insert(self, group: list[_Put]) -> int:
+        """How many of them were accepted: the first ones, for the limit is the same for all."""
+        limit = group[0].parameters[0]
+        statement, parameters = _PUT, group[0].parameters
+        if len(group) > 1:
+            rows = next(rows for rows in _GROUPS if rows >= len(group))
+            given: list[int | bytes | None] = [value for put in group for value in put.parameters[1:]]
+            given += [None, None] * (rows - len(group))
+            statement, parameters = _GROUPS[rows], (*given, limit)
+        return self._db.write_one(statement, parameters, self._wake_next)

@@ -139,6 +139,7 @@ class Worker:
         """
         end = None
         while not self.stopping:
+            self._arm(_NEVER)  # before the look: what is appended meanwhile is counted twice rather than not at all
             try:
                 pending = self._outbox.pending()
             except OutboxError:
@@ -148,11 +149,9 @@ class Worker:
             end = now + self._config.upload_interval if end is None else end
             if pending == 0 or missing <= 0 or self._flush_to or now >= end:
                 return True
-            self._arm(missing)
-            if not self._flush_to and not self.stopping:
+            self.wake_at = missing
+            if self.appended < missing and not self._flush_to and not self.stopping:
                 self._clock.wait(self.event, end - now)
-                if self.appended >= missing:
-                    return True  # without another look
         return False
 
     def _arm(self, events: int) -> None:

@@ -257,7 +257,7 @@ def test_sixteen_threads_commit_in_fewer_transactions_than_events(outbox: Outbox
         assert not thread.is_alive()
     connection.set_trace_callback(None)
     assert outbox.pending() == 16
-    assert sum(statement.startswith("BEGIN") for statement in begun) == 1
+    assert sum(statement.lstrip().startswith("INSERT") for statement in begun) == 1
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -349,7 +349,7 @@ def test_a_transaction_that_fails_anywhere_leaves_nothing_behind(outbox: Outbox,
 def test_a_group_that_fails_refuses_all_of_it_and_the_next_puts_work(outbox: Outbox) -> None:
     connection: Any = outbox.db._connection
     error = sqlite3.OperationalError("database or disk is full")
-    outbox.db._connection = Failing(connection, "COMMIT", error)  # type: ignore[assignment]
+    outbox.db._connection = Failing(connection, "INSERT", error)  # type: ignore[assignment]
     refused: list[StorageError] = []
 
     def put() -> None:
