@@ -6,7 +6,8 @@ import contextlib
 from collections import deque
 from threading import Lock, get_ident
 
-from segment_durable.db import WRITE_TIMEOUT, Database
+from segment_durable.connections import WRITE_TIMEOUT
+from segment_durable.db import Database
 from segment_durable.errors import OutboxBusy, OutboxError, StorageError
 from segment_durable.sqlite_errors import is_damage
 
@@ -83,7 +84,7 @@ class Intake:
                 accepted = db.write_one(_PUT, parameters)
             finally:
                 lock.release()
-            db.wrote(len(body))
+            db.wal.wrote(len(body))
             return accepted == 1
         put = _Put(parameters)
         self._waiting.append(put)
@@ -177,7 +178,7 @@ class Intake:
             self._committing = False
             for put in group:
                 put.wake()
-        self._db.wrote(sum(len(put.parameters[2]) for put in group))
+        self._db.wal.wrote(sum(len(put.parameters[2]) for put in group))
 
     def _insert(self, group: list[_Put]) -> list[bool]:
         lock = self._db.lock
@@ -187,6 +188,6 @@ class Intake:
                 return [self._db.write_one(_PUT, group[0].parameters) == 1]
             finally:
                 lock.release()
-        self._db.check_space()
+        self._db.space.check()
         with self._db.write() as connection:
             return [connection.execute(_PUT, put.parameters).rowcount == 1 for put in group]
