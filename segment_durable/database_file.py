@@ -23,6 +23,7 @@ __all__ = [
     "connect",
     "connect_for_reading",
     "create",
+    "file_size",
     "hold_inherited_locks",
     "make_folder",
     "roll_back",
@@ -201,6 +202,14 @@ def create(new: Path) -> None:
         _migrate(connection, new)
     finally:
         connection.close()
+
+
+def file_size(path: Path) -> int:
+    """Bytes; 0 if it isn't there."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0
 
 
 def sync_file(fd: int) -> None:

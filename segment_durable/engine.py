@@ -70,7 +70,7 @@ class Engine:
         self.sender = Sender(self.outbox, config, clock, self._make_delivery)
         self._full_log, self._full_call = Limiter(60.0, clock), Limiter(1.0, clock)
         self._trouble_log, self._trouble_call = Limiter(60.0, clock), Limiter(1.0, clock)
-        self.outbox.db.on_damaged = self._damaged
+        self.outbox.db.damage.on_damaged = self._damaged
 
     def join(self, member: Member) -> None:
         """Let a client in; raises `ConfigError` if it can't share this outbox."""
@@ -232,7 +232,7 @@ def attach(
             engine = Engine(member.config, clock or SystemClock(), make_transport=make_transport)
             _engines[key] = engine
         engine.join(member)
-    engine.outbox.db.tell()  # not before: a callback may make a client, and that takes the lock
+    engine.outbox.db.damage.tell()  # not before: a callback may make a client, and that takes the lock
     return engine
 
 
@@ -253,13 +253,13 @@ def detach(engine: Engine, member: Member, timeout: float) -> bool:
 def _before_fork() -> None:
     _lock.acquire()
     for engine in _engines.values():
-        if engine.pid == os.getpid() and engine.outbox.db.suspend():
+        if engine.pid == os.getpid() and engine.outbox.db.connections.suspend():
             _suspended.append(engine)
 
 
 def _after_fork_in_parent() -> None:
     for engine in _suspended:
-        engine.outbox.db.resume()
+        engine.outbox.db.connections.resume()
     _suspended.clear()
     _lock.release()
 

@@ -6,7 +6,8 @@ import contextlib
 from collections import deque
 from threading import Lock, get_ident
 
-from segment_durable.db import WRITE_TIMEOUT, Database
+from segment_durable.connections import WRITE_TIMEOUT
+from segment_durable.db import Database
 from segment_durable.errors import OutboxBusy, OutboxError, StorageError
 
 __all__ = ["Intake"]
@@ -67,6 +68,10 @@ class _Put:
         self._turn = Lock()
         self._turn.acquire()
 
+    @property
+    def is_decided(self) -> bool:
+        return self.accepted is not None or self.error is not None
+
     def wait(self, seconds: float) -> bool:
         """Wait until it may be done, or the first of those who wait; False if that takes too long."""
         self._waits = True
@@ -88,7 +93,7 @@ class Intake:
     Threads that come while another writes wait for the writer lock, and the first to get it commits the events of all.
 
     Where each commit waits for the disk (`full`) one thread leads: it commits group after group, up to `_MAX_TURN`, and
-    the others wait for their results rather than for the lock.  What counts there is that the disk is not idle, and that
+    the others wait for their results rather than for the lock.  What counts there is that the disk is not idle and that
     no thread waits for the interpreter lock more often than it must: so of those whose event is committed the first is
     woken just before the next commit, when nothing but the disk is left to wait for, and each of them wakes the next.
 
@@ -116,7 +121,7 @@ class Intake:
                 accepted = db.write_one(_PUT, parameters)
             finally:
                 lock.release()
-            db.wrote(len(body))
+            db.wal.wrote(len(body))
             return accepted == 1
         put = _Put(parameters)
         self._waiting.append(put)
@@ -127,10 +132,11 @@ class Intake:
             self._pass_on()
             raise
         if is_to_commit:
+            leader = self._leader
             try:
                 self._commit_waiting(put)
             finally:
-                self._leader = None
+                self._leader = leader  # this thread already, if this is its signal handler
                 lock.mutex.release()
                 self._pass_on()
         if put.accepted is None and put.error is not None:
@@ -143,14 +149,14 @@ class Intake:
         in_time = True
         if self._db.full and not self._is_first():
             in_time = self._wait(put, WRITE_TIMEOUT)
-            if put.accepted is not None or put.error is not None:
+            if put.is_decided:
                 return False
         if in_time and lock.acquire_mutex(WRITE_TIMEOUT):
             return True
         if self._withdraw(put):
             raise OutboxBusy(f"another thread has been writing to the outbox for {WRITE_TIMEOUT:g} s")
         # The thread that writes has just taken it along: see how that ends.
-        while put.accepted is None and put.error is None:
+        while not put.is_decided:
             if not self._wait(put, 2 * WRITE_TIMEOUT):
                 raise OutboxBusy("another thread is still writing this event to the outbox")
         return False
@@ -158,14 +164,13 @@ class Intake:
     def _is_first(self) -> bool:
         """Whether nobody leads, and the first of those who wait is of this thread.
 
-        That may be another put than the one at hand, and this thread may be the leader itself: a signal handler can't
-        wait for what the call that it has interrupted was about to do.
+        That may be another put than the one at hand, and this thread may be the leader itself, or within a transaction:
+        a signal handler can't wait for what the call that it has interrupted was about to do.
         """
-        leader = self._leader
-        if leader is not None:
-            return leader == get_ident()
+        if self._db.lock.is_owned():
+            return True
         try:
-            return self._waiting[0].thread == get_ident()
+            return self._leader is None and self._waiting[0].thread == get_ident()
         except IndexError:
             return False
 
@@ -196,7 +201,7 @@ class Intake:
 
     def _commit_waiting(self, put: _Put) -> None:
         """Commit what waits, under the mutex: that put in any case."""
-        if self._committing:  # and so this is a signal handler or a finalizer in the very thread that commits
+        if self._committing or self._db.connections.is_writing:
             self._withdraw(put)
             raise OutboxBusy("the call was made by a signal handler or a finalizer while its thread was writing")
         groups = size = 0
@@ -205,13 +210,15 @@ class Intake:
         try:
             if self._db.full:
                 self._leader = get_ident()
-            while (put.accepted is None and put.error is None) or (self._leader and self._waiting and groups < _MAX_TURN):
+            while (put.accepted is None and put.error is None) or (
+                self._leader and self._waiting and groups < _MAX_TURN
+            ):
                 size += self._put_group()
                 groups += 1
         finally:
             lock.release()
         if size:
-            self._db.wrote(size)
+            self._db.wal.wrote(size)
 
     def _put_group(self) -> int:
         """Commit the puts that wait, in the order in which they came, as far as they have the same limit.

@@ -158,11 +158,15 @@ class LockFile:
         """Take the mutex alone, after the thread that is next; whether it was got within `timeout` seconds."""
         end = time.monotonic() + timeout
         # A signal handler may be called by the very thread that the next one waits for.
-        if self._is_next and not self.mutex._is_owned():  # type: ignore[attr-defined]
+        if self._is_next and not self.is_owned():
             if not self._gate.acquire(timeout=timeout):
                 return False
             self._gate.release()
         return self._acquire_mutex(timeout=max(0.0, end - time.monotonic()))
+
+    def is_owned(self) -> bool:
+        """Whether this very thread has the mutex: then this is a signal handler or a finalizer within another call."""
+        return bool(self.mutex._is_owned())  # type: ignore[attr-defined]
 
     def _acquire_next(self, timeout: float) -> None:
         end = time.monotonic() + timeout

@@ -32,7 +32,8 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from segment_durable.backoff import current_backoff, end_backoff, store_backoff
 from segment_durable.clock import Clock
-from segment_durable.db import WRITE_TIMEOUT, Database
+from segment_durable.connections import WRITE_TIMEOUT
+from segment_durable.db import Database
 from segment_durable.errors import SourceMismatch, StorageError
 from segment_durable.intake import Intake
 from segment_durable.leases import AHEAD, between, end_lease, first_free, shrink, take_over
@@ -63,7 +64,7 @@ def _with_reserve(method: Callable[Concatenate[Outbox, P], R]) -> Callable[Conca
         try:
             return method(self, *args, **named)
         except StorageError as problem:
-            if not self.db.make_room(problem):
+            if not self.db.space.make_room(problem):
                 raise
         return method(self, *args, **named)
 
@@ -100,7 +101,7 @@ class Outbox:
             try:
                 self._claim(write_key)
             except BaseException:
-                self.db.close()
+                self.db.connections.close()
                 raise
 
     def close(self, timeout: float = WRITE_TIMEOUT) -> None:
@@ -108,7 +109,7 @@ class Outbox:
 
         May be called twice; nothing else may be called afterwards.
         """
-        self.db.close(timeout)
+        self.db.connections.close(timeout)
 
     # -- in
 
@@ -351,7 +352,7 @@ class Outbox:
                 ).rowcount
                 connection.execute("DELETE FROM dead WHERE id = ?", (each,))
             connection.execute("UPDATE state SET requeued = requeued + ?", (moved,))
-        self.db.wrote(size)
+        self.db.wal.wrote(size)
         return moved
 
     @_with_reserve
@@ -393,7 +394,7 @@ class Outbox:
     @_after_damage
     def stats(self) -> OutboxStats:
         with self.db.read() as connection:
-            return read_stats(connection, self._clock, self.db.size_on_disk(), self._is_dead)
+            return read_stats(connection, self._clock, self.db.space.size_on_disk(), self._is_dead)
 
     # -- inside
 

@@ -10,9 +10,10 @@ import logging
 import threading
 
 from segment_durable.clock import Clock
-from segment_durable.db import LOOK_SECONDS, Database
+from segment_durable.db import Database
 from segment_durable.errors import OutboxError
 from segment_durable.limiter import Limiter
+from segment_durable.space import LOOK_SECONDS
 from segment_durable.threads import start_thread
 
 __all__ = ["Upkeep"]
@@ -34,6 +35,7 @@ class Upkeep:
 
     def __init__(self, database: Database, clock: Clock) -> None:
         self._database = database
+        self._wal = database.wal
         self._clock = clock
         self._written = threading.Event()
         self._due = threading.Event()  # don't wait for the interval to end
@@ -41,20 +43,20 @@ class Upkeep:
         self._thread: threading.Thread | None = None
         self._ending = threading.Event()
         self._trouble = Limiter(60.0, clock)
-        database.watch(self.written)
+        self._wal.watch(self.written)
 
     def written(self) -> None:
-        """Something was committed: see `Database.wrote`."""
+        """Something was committed: see `Wal.wrote`."""
         if not self._written.is_set():
             self._written.set()
             if self._thread is None:
                 self._start()
-        if self._database.needs_checkpoint and not self._due.is_set():
+        if self._wal.needs_checkpoint and not self._due.is_set():
             self._due.set()
 
     def stop(self, timeout: float) -> bool:
         """Bring everything to the disk and end the thread; whether it ended within `timeout` seconds."""
-        self._database.watch(_nothing)
+        self._wal.watch(_nothing)
         self._ending.set()
         self._written.set()
         self._due.set()
@@ -85,7 +87,7 @@ class Upkeep:
                 continue
             if self._ending.is_set():
                 return
-            if self._database.is_in_trouble and not self._database.recover():
+            if self._database.admission.trouble is not None and not self._database.space.recover():
                 self._written.set()  # puts are refused, so none will say so
                 self._clock.wait(self._ending, LOOK_SECONDS)
                 continue
@@ -95,10 +97,10 @@ class Upkeep:
 
     def _sync(self, *, checkpoint: bool = True) -> bool:
         try:
-            if checkpoint and self._database.needs_checkpoint:
-                self._database.checkpoint()
+            if checkpoint and self._wal.needs_checkpoint:
+                self._wal.checkpoint()
             else:
-                self._database.sync()
+                self._wal.sync()
         except OutboxError as problem:
             self._complain(problem)
             return False
@@ -107,7 +109,7 @@ class Upkeep:
     def _is_untidy(self) -> bool:
         if self._ending.is_set():
             return False
-        return self._database.size_on_disk() > _TIDY_BYTES or self._database.wal_bytes() > self._database.reserve.size
+        return self._database.space.size_on_disk() > _TIDY_BYTES or self._wal.size() > self._database.reserve.size
 
     def _tidy(self, is_quiet: bool) -> None:
         """Give back what is free in small steps; beside writers only if it is more than what they use again."""
@@ -115,14 +117,14 @@ class Upkeep:
             if not is_quiet and not self._database.is_mostly_free():
                 return
             pages, began = 64, self._clock.boot()
-            while self._database.give_back_space(pages):
+            while self._database.space.give_back(pages):
                 took = self._clock.boot() - began
                 pages = next_step(pages, took)
                 if self._clock.wait(self._ending, _TIDY_REST) or self._due.is_set():
                     return
                 began = self._clock.boot()
-            if self._database.wal_bytes() > self._database.reserve.size:
-                self._database.checkpoint(truncate=True)
+            if self._wal.size() > self._database.reserve.size:
+                self._wal.checkpoint(truncate=True)
         except OutboxError as problem:
             self._complain(problem)
 

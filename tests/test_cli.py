@@ -155,7 +155,7 @@ def test_status_tells_what_waits_and_why(mixed: Outbox, folder: Path, run: Run) 
     assert found["outbox"] == str(folder)
     assert (found["pending"], found["leased"], found["dead"]) == ("4", "2", "1")
     assert re.fullmatch(r"1m 3\ds", found["oldest"])
-    assert found["size on disk"] == bytes_text(mixed.db.size_on_disk())
+    assert found["size on disk"] == bytes_text(mixed.db.space.size_on_disk())
     assert found["failures"] == "3 in a row"
     assert re.fullmatch(r"in (5m 00s|4m 5\ds)", found["next attempt"])
     assert re.fullmatch(r"503 \\u001b \(\ds ago\)", found["last error"])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from segment_durable import Client, db, upkeep
+from segment_durable import Client, upkeep, wal
 from segment_durable.clock import SystemClock
 from segment_durable.errors import StorageError
 from segment_durable.outbox import Outbox
@@ -53,13 +53,13 @@ class Signals:
 @pytest.fixture
 def syncs(monkeypatch: pytest.MonkeyPatch) -> Signals:
     signals = Signals()
-    real = db.sync_file
+    real = wal.sync_file
 
     def sync_file(fd: int) -> None:
         real(fd)
         signals.note()
 
-    monkeypatch.setattr(db, "sync_file", sync_file)
+    monkeypatch.setattr(wal, "sync_file", sync_file)
     return signals
 
 
@@ -67,11 +67,11 @@ def test_a_commit_is_synced_within_half_a_second(outbox: Outbox, keeper: Upkeep,
     for count in (1, 2, 3):
         committed = time.monotonic()
         outbox.put(BODY, 1)
-        assert outbox.db.is_unsynced
+        assert outbox.db.wal.is_unsynced
         assert syncs.wait_for(count)
         # The bound is upkeep.SYNC_SECONDS and the sync itself; the rest is for a loaded machine.
         assert syncs.times[-1] - committed < 5
-        assert not outbox.db.is_unsynced
+        assert not outbox.db.wal.is_unsynced
     assert upkeep.SYNC_SECONDS <= 0.5
 
 
@@ -102,7 +102,7 @@ def test_with_full_each_commit_is_synced_by_sqlite_and_not_again(tmp_path: Path,
     outbox = Outbox(tmp_path / "full", SystemClock(), full=True)
     keeper = Upkeep(outbox.db, SystemClock())
     outbox.put(BODY, 1)
-    assert not outbox.db.is_unsynced
+    assert not outbox.db.wal.is_unsynced
     assert keeper.stop(10)
     assert syncs.times == []
     outbox.close()
@@ -114,7 +114,7 @@ def test_stop_syncs_what_is_left(outbox: Outbox, syncs: Signals, monkeypatch: py
     outbox.put(BODY, 1)
     assert keeper.stop(10)
     assert len(syncs.times) >= 1
-    assert not outbox.db.is_unsynced
+    assert not outbox.db.wal.is_unsynced
 
 
 def test_a_sync_that_fails_is_told_once_and_tried_again(
@@ -128,32 +128,32 @@ def test_a_sync_that_fails_is_told_once_and_tried_again(
         raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr(db, "sync_file", broken)
+        patch.setattr(wal, "sync_file", broken)
         for count in (1, 2, 3):
             outbox.put(BODY, 1)
             assert tried.wait_for(count)
         with pytest.raises(StorageError, match="synced"):
-            outbox.db.sync()
-        assert outbox.db.is_unsynced
+            outbox.db.wal.sync()
+        assert outbox.db.wal.is_unsynced
     assert len([record for record in caplog.records if "kept in order" in record.getMessage()]) == 1
-    outbox.db.sync()
-    assert not outbox.db.is_unsynced
+    outbox.db.wal.sync()
+    assert not outbox.db.wal.is_unsynced
 
 
 def test_the_wal_is_checkpointed_when_due_so_that_it_stays_small(
     outbox: Outbox, keeper: Upkeep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(db, "CHECKPOINT_BYTES", 200_000)
+    monkeypatch.setattr(wal, "CHECKPOINT_BYTES", 200_000)
     checkpoints = Signals()
-    real = outbox.db.checkpoint
+    real = outbox.db.wal.checkpoint
 
     def checkpoint(*, truncate: bool = False) -> bool:
         done = real(truncate=truncate)
         checkpoints.note()
         return done
 
-    monkeypatch.setattr(outbox.db, "checkpoint", checkpoint)
-    with outbox.db._writer() as connection:
+    monkeypatch.setattr(outbox.db.wal, "checkpoint", checkpoint)
+    with outbox.db.connections.writer() as connection:
         connection.execute("PRAGMA journal_size_limit=200000")  # as long as it may be when it starts anew
     body = b'"%b"' % (b"x" * 20_000)
     for _ in range(20):
@@ -162,21 +162,21 @@ def test_the_wal_is_checkpointed_when_due_so_that_it_stays_small(
             outbox.put(body, 1)
         assert checkpoints.wait_for(before + 1)
     # 8 MB of events went through it.
-    assert outbox.db.wal_bytes() < 2_000_000
+    assert outbox.db.wal.size() < 2_000_000
 
 
 def test_without_a_thread_the_writer_checkpoints(outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(db, "OVERDUE_BYTES", 200_000)
+    monkeypatch.setattr(wal, "OVERDUE_BYTES", 200_000)
     body = b'"%b"' % (b"x" * 20_000)
     for _ in range(200):
         outbox.put(body, 1)
-    assert outbox.db.wal_bytes() < 1_000_000
+    assert outbox.db.wal.size() < 1_000_000
 
 
 def test_space_comes_back_after_a_drain(outbox: Outbox, keeper: Upkeep, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(upkeep, "_QUIET_SECONDS", 0.01)
     small = Signals()
-    real = outbox.db.checkpoint
+    real = outbox.db.wal.checkpoint
 
     def checkpoint(*, truncate: bool = False) -> bool:
         done = real(truncate=truncate)
@@ -184,18 +184,18 @@ def test_space_comes_back_after_a_drain(outbox: Outbox, keeper: Upkeep, monkeypa
             small.note()
         return done
 
-    monkeypatch.setattr(outbox.db, "checkpoint", checkpoint)
+    monkeypatch.setattr(outbox.db.wal, "checkpoint", checkpoint)
     body = b'"%b"' % (b"x" * 30_000)
     for _ in range(700):
         outbox.put(body, 1)
-    assert outbox.db.size_on_disk() > 15_000_000
+    assert outbox.db.space.size_on_disk() > 15_000_000
     while isinstance(lease := outbox.lease(100, 60), Lease):
         outbox.ack(lease, lease.last)
     assert small.wait_for(1)
-    while outbox.db.give_back_space(256):  # what the thread has left, if it was interrupted by the last ack
+    while outbox.db.space.give_back(256):  # what the thread has left, if it was interrupted by the last ack
         pass
-    outbox.db.checkpoint(truncate=True)
-    assert outbox.db.size_on_disk() < 1_000_000
+    outbox.db.wal.checkpoint(truncate=True)
+    assert outbox.db.space.size_on_disk() < 1_000_000
 
 
 def test_space_comes_back_also_where_it_is_never_quiet(
@@ -205,11 +205,11 @@ def test_space_comes_back_also_where_it_is_never_quiet(
     body = b'"%b"' % (b"x" * 30_000)
     for _ in range(700):
         outbox.put(body, 1)
-    assert outbox.db.size_on_disk() > 15_000_000
+    assert outbox.db.space.size_on_disk() > 15_000_000
     while isinstance(lease := outbox.lease(100, 60), Lease):
         outbox.ack(lease, lease.last)
     end = time.monotonic() + 60
-    while outbox.db.size_on_disk() > upkeep._TIDY_BYTES:
+    while outbox.db.space.size_on_disk() > upkeep._TIDY_BYTES:
         assert time.monotonic() < end
         assert outbox.put(b'"small"', 1)
         lease = outbox.lease(100, 60)

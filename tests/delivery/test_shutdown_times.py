@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from segment_durable import Client, db
+from segment_durable import Client, connections
 from segment_durable.clock import SystemClock
 from segment_durable.testing import Answer, Hang, OAuthApp, Receiver
 
@@ -286,7 +286,7 @@ sys.stdin.read()
 def test_shutdown_keeps_to_its_time_while_another_process_keeps_the_writer_lock(
     receiver: Receiver, make_client: Callable[..., Client], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(db, "WRITE_TIMEOUT", 2.0)
+    monkeypatch.setattr(connections, "WRITE_TIMEOUT", 2.0)
     client = make_client(upload_interval=0)
     receiver.script(Answer(404))
     client.track("user", "Signed Up")

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from segment_durable import db, upkeep  # noqa: F401  (so that the children import nothing)
+from segment_durable import space, upkeep  # noqa: F401  (so that the children import nothing)
 from segment_durable.clock import SystemClock
 from segment_durable.errors import OutboxError
 from segment_durable.outbox import Outbox
@@ -81,14 +81,14 @@ class Life:
         outbox = self.open()
         self.put(outbox, 5, 100)
         self.take(outbox, 3, "ack")
-        self.attempt(outbox.db.sync)
+        self.attempt(outbox.db.wal.sync)
         self.put(outbox, 4, 9_000)
         self.take(outbox, 2, "bury")
-        self.attempt(outbox.db.checkpoint)
+        self.attempt(outbox.db.wal.checkpoint)
         self.put(outbox, 2, 100)
         self.take(outbox, 4, "ack")
-        self.attempt(outbox.db.give_back_space, 100)
-        self.attempt(outbox.db.checkpoint, truncate=True)
+        self.attempt(outbox.db.space.give_back, 100)
+        self.attempt(outbox.db.wal.checkpoint, truncate=True)
         self.take(outbox, 2, "release")
         self.attempt(outbox.requeue)
         self.put(outbox, 2, 100)
@@ -124,7 +124,7 @@ def run(shim: ctypes.CDLL, order: dict[str, Any]) -> None:
 
 
 def main(library: str) -> None:
-    db.LOOK_SECONDS = 0.0  # not to wait until the next attempt to get out of trouble
+    space.LOOK_SECONDS = 0.0  # not to wait until the next attempt to get out of trouble
     shim = ctypes.CDLL(library)
     shim.shim_arm.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_long, ctypes.c_long, ctypes.c_int]
     shim.shim_hits.restype = ctypes.c_long

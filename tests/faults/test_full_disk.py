@@ -233,7 +233,7 @@ def test_puts_never_delete_the_reserve_and_a_missing_one_stops_them(tmp_path: Pa
     found = reserve.stat()
     assert found.st_size == found.st_blocks * 512 == RESERVE_BYTES
     assert stat.S_IMODE(found.st_mode) == 0o600
-    outbox.db._note(StorageError("full", "SQLITE_FULL"))
+    outbox.db.admission.note(StorageError("full", "SQLITE_FULL"))
     assert reserve.exists()
     outbox.close()
 

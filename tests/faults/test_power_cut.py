@@ -54,7 +54,7 @@ for number in itertools.count():
     try:
         outbox = Outbox(Path(sys.argv[1]) / str(number), SystemClock(), write_key="key")
         outbox.put(b"1", 1)
-        outbox.db.sync()
+        outbox.db.wal.sync()
         os.write(1, f"{number}\\n".encode())
         if number % 2:
             outbox.close()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from segment_durable import Client, db
+from segment_durable import Client, space, wal
 from segment_durable.clock import SystemClock
 from segment_durable.errors import StorageError
 from segment_durable.outbox import Outbox
@@ -24,16 +24,16 @@ BODY = b'"%b"' % (b"x" * 1_000)
 PUTTER = """
 import sys
 from pathlib import Path
-from segment_durable import db
+from segment_durable import wal
 from segment_durable.clock import SystemClock
 from segment_durable.outbox import Outbox
-db.OVERDUE_BYTES, db.LOOK_BYTES = 1 << 20, 64 << 10
+wal.OVERDUE_BYTES, wal.LOOK_BYTES = 1 << 20, 64 << 10
 outbox = Outbox(Path(sys.argv[1]), SystemClock())
 print("ready", flush=True)
 sys.stdin.readline()
 for _ in range(400):
     assert outbox.put(b'"%b"' % (b"x" * 1_000), 1)
-print(outbox.db.wal_bytes(), flush=True)
+print(outbox.db.wal.size(), flush=True)
 sys.stdin.readline()
 outbox.close()
 """
@@ -109,27 +109,27 @@ def put_until_refused(outbox: Outbox) -> StorageError:
 def test_a_reader_that_never_ends_stops_puts_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reader: Callable[[], subprocess.Popen[str]]
 ) -> None:
-    monkeypatch.setattr(db, "WAL_LIMIT_BYTES", 2 * MIB)
-    monkeypatch.setattr(db, "OVERDUE_BYTES", MIB)
-    monkeypatch.setattr(db, "LOOK_BYTES", 64 << 10)
-    monkeypatch.setattr(db, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(wal, "WAL_LIMIT_BYTES", 2 * MIB)
+    monkeypatch.setattr(wal, "OVERDUE_BYTES", MIB)
+    monkeypatch.setattr(wal, "LOOK_BYTES", 64 << 10)
+    monkeypatch.setattr(space, "LOOK_SECONDS", 0.0)
     outbox = Outbox(tmp_path / "outbox", SystemClock())
     outbox.put(b"1", 1)
     process = reader()
     problem = put_until_refused(outbox)
     assert "a reader has kept the WAL" in str(problem)
     assert problem.code == "SQLITE_BUSY"
-    size = outbox.db.wal_bytes()
+    size = outbox.db.wal.size()
     assert 2 * MIB < size < 3 * MIB
     for _ in range(100):
         with pytest.raises(StorageError, match="a reader"):
             outbox.put(BODY, 1)
-    assert outbox.db.wal_bytes() == size
+    assert outbox.db.wal.size() == size
     lease = outbox.lease(100, 60)
     assert outbox.ack(lease, lease.last) == 100  # type: ignore[union-attr, arg-type]
     process.communicate("\n", timeout=30)
     assert outbox.put(BODY, 1), "the reader has ended"
-    assert outbox.db.wal_bytes() < MIB
+    assert outbox.db.wal.size() < MIB
     assert outbox.db.reserve.exists()
     outbox.close()
 
@@ -141,8 +141,8 @@ def test_clients_are_told_of_the_reader_once_and_work_again_by_themselves(
     reader: Callable[[], subprocess.Popen[str]],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(db, "WAL_LIMIT_BYTES", MIB)
-    monkeypatch.setattr(db, "LOOK_BYTES", 64 << 10)
+    monkeypatch.setattr(wal, "WAL_LIMIT_BYTES", MIB)
+    monkeypatch.setattr(wal, "LOOK_BYTES", 64 << 10)
     errors: list[Exception] = []
     client = make_client(deliver=False, max_queue_size=0, on_error=lambda error, items: errors.append(error))
     client.track("u", "e")
@@ -167,16 +167,16 @@ def test_a_long_wal_is_cut_when_the_reader_ends(
     outbox.put(b"1", 1)
     process = reader()
     big = b'"%b"' % (b"x" * 500_000)
-    while outbox.db.wal_bytes() < 20 * MIB:
+    while outbox.db.wal.size() < 20 * MIB:
         outbox.put(big, 1)
-    assert outbox.db.needs_checkpoint
-    assert not outbox.db.checkpoint()
+    assert outbox.db.wal.needs_checkpoint
+    assert not outbox.db.wal.checkpoint()
     process.communicate("\n", timeout=30)
-    assert outbox.db.checkpoint()
+    assert outbox.db.wal.checkpoint()
     outbox.put(b"2", 1)
-    assert outbox.db.wal_bytes() <= 12 * MIB
-    outbox.db._look()
-    assert not outbox.db.needs_checkpoint
+    assert outbox.db.wal.size() <= 12 * MIB
+    outbox.db.wal._look()
+    assert not outbox.db.wal.needs_checkpoint
     with contextlib.closing(sqlite3.connect(tmp_path / "outbox" / "outbox.db")) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     outbox.close()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from segment_durable import database_file, db, quarantine, salvage
+from segment_durable import damage, database_file, quarantine, salvage
 from segment_durable.clock import SystemClock
 from segment_durable.errors import NotAnOutbox, OutboxDamaged, OutboxUnavailable, StorageError
 from segment_durable.outbox import Outbox
@@ -196,9 +196,9 @@ def test_a_damaged_file_is_kept_and_what_can_be_read_is_salvaged(
     damaged = (folder / "outbox.db").read_bytes()
     outbox = outbox_factory(write_key="key")
     told: list[OutboxDamaged] = []
-    outbox.db.on_damaged = told.append
+    outbox.db.damage.on_damaged = told.append
     found = content(outbox)
-    outbox.db.tell()
+    outbox.db.damage.tell()
     (error,) = told
     assert error.path.read_bytes() == damaged
     assert list(kept_sets(folder)) == [error.path.name]
@@ -216,7 +216,7 @@ def test_a_damaged_file_is_kept_and_what_can_be_read_is_salvaged(
     check_it_works(outbox, before)
     outbox.close()
     again = outbox_factory(write_key="key")
-    again.db.on_damaged = told.append
+    again.db.damage.on_damaged = told.append
     assert again.put(b"{}", 1)
     assert len(told) == 1, "it is told of once"
     assert again.stats().balanced
@@ -424,7 +424,7 @@ def test_three_processes_go_on_in_the_new_file(worker_factory: MakeWorker, folde
     workers = [worker_factory(write_key="key") for _ in range(3)]
     for number, worker in enumerate(workers):
         assert worker.call("put", b'{"first":%d}' % number, 1)
-        worker.call("db.checkpoint")
+        worker.call("db.wal.checkpoint")
         assert worker.call("first_id") == DEAD + 11
     path = folder / "outbox.db"
     for page in leaf_pages(path)[2:]:
@@ -432,7 +432,7 @@ def test_three_processes_go_on_in_the_new_file(worker_factory: MakeWorker, folde
     with path.open("rb") as old:
         for _ in range(4):  # pages that a process has in memory are not read again
             for number, worker in enumerate(workers):
-                worker.call("db.checkpoint")
+                worker.call("db.wal.checkpoint")
                 with contextlib.suppress(StorageError):
                     worker.call("joined", 0, 1 << 60, 10_000)
                 assert worker.call("put", b'{"then":%d}' % number, 1)
@@ -469,7 +469,7 @@ def test_who_has_the_old_file_open_does_no_harm_to_the_new_one(
     outbox = outbox_factory(write_key="key")
     with outbox.db.write():
         pass
-    outbox.db._replace(StorageError("damaged", "SQLITE_CORRUPT"), outbox.db.lock.generation())
+    outbox.db.connections.replace(StorageError("damaged", "SQLITE_CORRUPT"), outbox.db.lock.generation())
     assert outbox.put(b'{"new":1}', 1)
     assert (folder / "outbox.db-wal").stat().st_size > 0
     if end in ("close", "kill"):
@@ -477,7 +477,7 @@ def test_who_has_the_old_file_open_does_no_harm_to_the_new_one(
     elif end == "read":
         assert old.call("pending") == PENDING + 2
     else:
-        old.call("db.sync")
+        old.call("db.wal.sync")
     assert (folder / "outbox.db-wal").stat().st_size > 0
     shutil.copytree(folder, tmp_path / "copy")  # as if all were killed now
     copy = outbox_factory(folder=tmp_path / "copy", write_key="key")
@@ -507,7 +507,7 @@ def test_whichever_call_finds_the_damage_it_is_replaced_and_the_call_is_done(
     fill(folder)
     outbox = outbox_factory(write_key="key")
     told: list[OutboxDamaged] = []
-    outbox.db.on_damaged = told.append
+    outbox.db.damage.on_damaged = told.append
     garbage(folder / "outbox.db")
     with contextlib.suppress(FileNotFoundError):
         os.truncate(folder / "outbox.db-wal", 0)
@@ -524,23 +524,23 @@ def test_whichever_call_finds_the_damage_it_is_replaced_and_the_call_is_done(
     elif call == "stats":
         assert outbox.stats().balanced
     else:
-        outbox.db.checkpoint()
+        outbox.db.wal.checkpoint()
     assert outbox.put(b"{}", 1)
     content(outbox)
-    outbox.db.tell()
+    outbox.db.damage.tell()
     assert len(told) == len(kept_sets(folder)) == 1
 
 
 def test_a_disk_that_damages_everything_is_not_filled(outbox_factory: MakeOutbox, folder: Path) -> None:
     outbox = outbox_factory()
-    for _ in range(db._MOST_SETS):
+    for _ in range(damage._MOST_SETS):
         assert outbox.put(b"{}", 1)
-        outbox.db._replace(StorageError("damaged", "SQLITE_CORRUPT"), outbox.db.lock.generation())
+        outbox.db.connections.replace(StorageError("damaged", "SQLITE_CORRUPT"), outbox.db.lock.generation())
     assert outbox.put(b"{}", 1)
     with pytest.raises(StorageError, match="again and again"):
-        outbox.db._replace(StorageError("damaged", "SQLITE_CORRUPT"), outbox.db.lock.generation())
-    assert len(kept_sets(folder)) == db._MOST_SETS
-    assert outbox.pending() == db._MOST_SETS + 1
+        outbox.db.connections.replace(StorageError("damaged", "SQLITE_CORRUPT"), outbox.db.lock.generation())
+    assert len(kept_sets(folder)) == damage._MOST_SETS
+    assert outbox.pending() == damage._MOST_SETS + 1
 
 
 # -- killed on the way

@@ -249,11 +249,11 @@ class OutboxMachine(RuleBasedStateMachine):
     def upkeep(self, data: st.DataObject) -> None:
         truncate = data.draw(st.booleans())
         if data.draw(senders) == HERE:
-            self.here.db.checkpoint(truncate=truncate)
-            self.here.db.give_back_space(10)
+            self.here.db.wal.checkpoint(truncate=truncate)
+            self.here.db.space.give_back(10)
         else:
-            self.there.call("db.sync")
-            self.there.call("db.checkpoint", truncate=truncate)
+            self.there.call("db.wal.sync")
+            self.there.call("db.wal.checkpoint", truncate=truncate)
 
     # -- after each step
 

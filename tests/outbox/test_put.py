@@ -16,11 +16,8 @@ from segment_durable.outbox import Outbox
 from segment_durable.records import Lease, Row
 from segment_durable.testing.clock import FakeClock
 
+from .common import bodies, wait_until
 from .workers import Worker
-
-
-def bodies(outbox: Outbox) -> list[bytes]:
-    return [row.body for row in outbox.rows(0, 1 << 60)]
 
 
 def deliver_all(outbox: Outbox) -> int:
@@ -260,16 +257,6 @@ def test_sixteen_threads_commit_in_fewer_transactions_than_events(outbox: Outbox
     assert sum(statement.lstrip().startswith("INSERT") for statement in begun) == 1
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Poll: there is no signal for "another thread waits for this lock"."""
-    patience = threading.Event()
-    for _ in range(3_000):
-        if condition():
-            return
-        patience.wait(0.01)
-    raise AssertionError("waited for 30 s")
-
-
 def test_a_limit_that_is_reached_within_a_group_refuses_the_rest_of_it(outbox: Outbox) -> None:
     accepted: list[bool] = []
     outbox.db.lock.mutex.acquire()
@@ -321,35 +308,35 @@ def test_a_put_that_the_disk_refuses_raises_with_the_code_and_the_next_one_works
     outbox: Outbox, worker: Worker, text: str, code: str
 ) -> None:
     outbox.put(b"before", 1)
-    connection: Any = outbox.db._connection
-    outbox.db._connection = Failing(connection, "INSERT", sqlite3.OperationalError(text))  # type: ignore[assignment]
+    connection: Any = outbox.db.connections._connection
+    outbox.db.connections._connection = Failing(connection, "INSERT", sqlite3.OperationalError(text))  # type: ignore[assignment]
     with pytest.raises(StorageError) as caught:
         outbox.put(b"refused", 1)
     assert caught.value.code == code
     assert not connection.in_transaction
     assert worker.call("put", b"of another", 1) is True  # the writer lock was given back
     assert outbox.put(b"after", 1) is True
-    outbox.db._connection = connection
+    outbox.db.connections._connection = connection
     assert bodies(outbox) == [b"before", b"of another", b"after"]
 
 
 @pytest.mark.parametrize("failing", ["BEGIN", "INSERT INTO lease", "COMMIT"])
 def test_a_transaction_that_fails_anywhere_leaves_nothing_behind(outbox: Outbox, worker: Worker, failing: str) -> None:
     outbox.put(b"a", 1)
-    connection: Any = outbox.db._connection
+    connection: Any = outbox.db.connections._connection
     error = sqlite3.OperationalError("database is locked")
-    outbox.db._connection = Failing(connection, failing, error)  # type: ignore[assignment]
+    outbox.db.connections._connection = Failing(connection, failing, error)  # type: ignore[assignment]
     with pytest.raises(StorageError):
         outbox.lease(1, 60)
     assert not connection.in_transaction
-    outbox.db._connection = connection
+    outbox.db.connections._connection = connection
     assert isinstance(worker.call("lease", 1, 60), Lease)
 
 
 def test_a_group_that_fails_refuses_all_of_it_and_the_next_puts_work(outbox: Outbox) -> None:
-    connection: Any = outbox.db._connection
+    connection: Any = outbox.db.connections._connection
     error = sqlite3.OperationalError("database or disk is full")
-    outbox.db._connection = Failing(connection, "INSERT", error)  # type: ignore[assignment]
+    outbox.db.connections._connection = Failing(connection, "INSERT", error)  # type: ignore[assignment]
     refused: list[StorageError] = []
 
     def put() -> None:
@@ -390,7 +377,7 @@ def test_a_put_gives_up_when_another_process_keeps_the_writer_lock(
     outbox: Outbox, worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker.call("hold_writer_lock")
-    for module in ("db", "intake"):
+    for module in ("connections", "intake"):
         monkeypatch.setattr(f"segment_durable.{module}.WRITE_TIMEOUT", 0.05)
     with pytest.raises(OutboxBusy):
         outbox.put(b"x", 1)

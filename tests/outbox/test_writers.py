@@ -7,42 +7,27 @@ import shutil
 import signal
 import socket
 import sqlite3
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
 
-import segment_durable.db
+from segment_durable import connections, wal
 from segment_durable.errors import OutboxBusy, OutboxError, StorageError
 from segment_durable.outbox import Outbox
 from segment_durable.records import Lease
 from segment_durable.testing.clock import FakeClock
 
+from .common import Interruption, Remembering, bodies, wait_until
 from .workers import Worker, work
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 MIB = 1 << 20
-
-
-def bodies(outbox: Outbox) -> list[bytes]:
-    return [row.body for row in outbox.rows(0, 1 << 60)]
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Poll: there is no signal for "another thread waits for this lock"."""
-    patience = threading.Event()
-    for _ in range(3_000):
-        if condition():
-            return
-        patience.wait(0.01)
-    raise AssertionError("waited for 30 s")
 
 
 # -- the writer lock
@@ -53,22 +38,22 @@ def test_nobody_writes_while_another_process_has_the_writer_lock(
 ) -> None:
     outbox.put(b"x", 1)
     worker.call("hold_writer_lock")
-    for module in ("db", "intake"):
+    for module in ("connections", "intake"):
         monkeypatch.setattr(f"segment_durable.{module}.WRITE_TIMEOUT", 0.05)
     for write in (
         lambda: outbox.put(b"y", 1),
         lambda: outbox.lease(1, 60),
         lambda: outbox.requeue(),
-        lambda: outbox.db.checkpoint(),
-        lambda: outbox.db.checkpoint(truncate=True),
-        lambda: outbox.db.give_back_space(1),
+        lambda: outbox.db.wal.checkpoint(),
+        lambda: outbox.db.wal.checkpoint(truncate=True),
+        lambda: outbox.db.space.give_back(1),
     ):
         with pytest.raises(OutboxBusy):
             write()
     assert outbox.pending() == 1, "reading needs no lock"
     worker.call("release_writer_lock")
     assert outbox.put(b"y", 1)
-    assert outbox.db.checkpoint()
+    assert outbox.db.wal.checkpoint()
 
 
 def test_reading_does_not_wait_for_a_thread_that_writes(outbox: Outbox) -> None:
@@ -225,34 +210,34 @@ def test_a_checkpoint_moves_the_wal_into_the_database(outbox: Outbox, folder: Pa
     for _ in range(20):
         outbox.put(b"x" * 1_000, 1)
     assert rows_in_the_database_file(folder, tmp_path / "before.db") == 0
-    assert outbox.db.checkpoint() is True
+    assert outbox.db.wal.checkpoint() is True
     assert rows_in_the_database_file(folder, tmp_path / "after.db") == 20
-    assert outbox.db.wal_bytes() > 0
+    assert outbox.db.wal.size() > 0
 
 
 def test_a_truncating_checkpoint_gives_the_wals_space_back(outbox: Outbox) -> None:
     outbox.put(b"x" * 30_000, 1)
-    assert outbox.db.wal_bytes() > 30_000
-    assert outbox.db.checkpoint(truncate=True) is True
-    assert outbox.db.wal_bytes() == 0
+    assert outbox.db.wal.size() > 30_000
+    assert outbox.db.wal.checkpoint(truncate=True) is True
+    assert outbox.db.wal.size() == 0
     assert bodies(outbox) == [b"x" * 30_000]
 
 
 def test_the_wal_is_written_over_after_a_checkpoint(outbox: Outbox) -> None:
     for _ in range(20):
         outbox.put(b"x" * 1_000, 1)
-        outbox.db.checkpoint()
-    assert outbox.db.wal_bytes() < 40_000
+        outbox.db.wal.checkpoint()
+    assert outbox.db.wal.size() < 40_000
 
 
 def test_a_reader_stalls_a_checkpoint_but_no_writer(outbox: Outbox, worker: Worker) -> None:
     outbox.put(b"x", 1)
     assert worker.call("begin_reading") == 1
     assert outbox.put(b"y", 1)
-    assert outbox.db.checkpoint() is False
+    assert outbox.db.wal.checkpoint() is False
     assert outbox.put(b"z", 1)
     worker.call("end_reading")
-    assert outbox.db.checkpoint() is True
+    assert outbox.db.wal.checkpoint() is True
 
 
 def test_a_truncating_checkpoint_does_not_wait_for_a_reader_with_the_lock_in_its_hand(
@@ -263,28 +248,28 @@ def test_a_truncating_checkpoint_does_not_wait_for_a_reader_with_the_lock_in_its
     worker.call("begin_reading")
     outbox.put(b"y", 1)
     began = time.monotonic()
-    assert outbox.db.checkpoint(truncate=True) is False
-    assert time.monotonic() - began < segment_durable.db.WRITE_TIMEOUT / 2
+    assert outbox.db.wal.checkpoint(truncate=True) is False
+    assert time.monotonic() - began < connections.WRITE_TIMEOUT / 2
     worker.call("end_reading")
-    assert outbox.db.checkpoint(truncate=True) is True
+    assert outbox.db.wal.checkpoint(truncate=True) is True
 
 
 def test_nothing_checkpoints_by_itself_at_a_commit(outbox: Outbox, folder: Path, tmp_path: Path) -> None:
     """SQLite would after 1,000 pages, whoever holds the writer lock."""
     for _ in range(150):
         outbox.put(b"x" * 16_000, 1)
-    assert outbox.db.wal_bytes() > 1_200 * 2_048
+    assert outbox.db.wal.size() > 1_200 * 2_048
     assert rows_in_the_database_file(folder, tmp_path / "copy.db") == 0
 
 
 def test_a_checkpoint_is_due_after_so_many_bytes_of_puts(outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(segment_durable.db, "CHECKPOINT_BYTES", MIB)
-    assert not outbox.db.needs_checkpoint
+    monkeypatch.setattr(wal, "CHECKPOINT_BYTES", MIB)
+    assert not outbox.db.wal.needs_checkpoint
     for _ in range(40):
         outbox.put(b"x" * 30_000, 1)
-    assert outbox.db.needs_checkpoint
-    outbox.db.checkpoint()
-    assert not outbox.db.needs_checkpoint
+    assert outbox.db.wal.needs_checkpoint
+    outbox.db.wal.checkpoint()
+    assert not outbox.db.wal.needs_checkpoint
 
 
 def put_in_one_group(outbox: Outbox, count: int, body: bytes) -> None:
@@ -304,10 +289,10 @@ def put_in_one_group(outbox: Outbox, count: int, body: bytes) -> None:
 def test_a_checkpoint_is_due_after_so_many_bytes_of_grouped_puts(
     outbox: Outbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(segment_durable.db, "CHECKPOINT_BYTES", MIB)
+    monkeypatch.setattr(wal, "CHECKPOINT_BYTES", MIB)
     put_in_one_group(outbox, 80, b"x" * 30_000)
-    assert outbox.db.wal_bytes() > 2 * MIB
-    assert outbox.db.needs_checkpoint
+    assert outbox.db.wal.size() > 2 * MIB
+    assert outbox.db.wal.needs_checkpoint
 
 
 def test_a_checkpoint_is_due_after_a_transaction_that_wrote_much(
@@ -319,41 +304,41 @@ def test_a_checkpoint_is_due_after_a_transaction_that_wrote_much(
     assert isinstance(lease, Lease)
     for each in range(1, 81):
         outbox.bury(lease, each, status=400, code="c", answer="", max_dead=99)
-    outbox.db.checkpoint(truncate=True)
-    monkeypatch.setattr(segment_durable.db, "CHECKPOINT_BYTES", MIB)
+    outbox.db.wal.checkpoint(truncate=True)
+    monkeypatch.setattr(wal, "CHECKPOINT_BYTES", MIB)
     assert outbox.requeue() == 80
-    assert outbox.db.wal_bytes() > 2 * MIB
-    assert outbox.db.needs_checkpoint
+    assert outbox.db.wal.size() > 2 * MIB
+    assert outbox.db.wal.needs_checkpoint
 
 
 @pytest.mark.parametrize("together", [1, 20])
 def test_where_nobody_makes_checkpoints_the_wal_has_a_bound_all_the_same(
     outbox: Outbox, monkeypatch: pytest.MonkeyPatch, together: int
 ) -> None:
-    monkeypatch.setattr(segment_durable.db, "OVERDUE_BYTES", MIB)
+    monkeypatch.setattr(wal, "OVERDUE_BYTES", MIB)
     for _ in range(200 // together):
         if together == 1:
             outbox.put(b"x" * 30_000, 1)
         else:
             put_in_one_group(outbox, together, b"x" * 30_000)
     assert outbox.pending() == 200
-    assert outbox.db.wal_bytes() < 3 * MIB
+    assert outbox.db.wal.size() < 3 * MIB
 
 
 def test_space_comes_back_in_small_steps(outbox: Outbox) -> None:
     for _ in range(300):
         outbox.put(b"x" * 4_000, 1)
-    outbox.db.checkpoint(truncate=True)
-    full = outbox.db.size_on_disk()
+    outbox.db.wal.checkpoint(truncate=True)
+    full = outbox.db.space.size_on_disk()
     lease = outbox.lease(300, 60)
     assert isinstance(lease, Lease)
     outbox.ack(lease, 300)
     steps = 1
-    while outbox.db.give_back_space(100):
+    while outbox.db.space.give_back(100):
         steps += 1
     assert 4 <= steps <= 10
-    outbox.db.checkpoint(truncate=True)
-    assert outbox.db.size_on_disk() < full / 20
+    outbox.db.wal.checkpoint(truncate=True)
+    assert outbox.db.space.size_on_disk() < full / 20
     assert outbox.put(b"y", 1)
 
 
@@ -362,21 +347,21 @@ def test_space_comes_back_in_small_steps(outbox: Outbox) -> None:
 
 def test_a_put_is_unsynced_until_a_sync(outbox: Outbox, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[int] = []
-    monkeypatch.setattr(segment_durable.db, "sync_file", lambda fd: synced.append(os.fstat(fd).st_ino))
+    monkeypatch.setattr(wal, "sync_file", lambda fd: synced.append(os.fstat(fd).st_ino))
     outbox.put(b"x", 1)
-    assert outbox.db.is_unsynced
-    outbox.db.sync()
-    assert not outbox.db.is_unsynced
+    assert outbox.db.wal.is_unsynced
+    outbox.db.wal.sync()
+    assert not outbox.db.wal.is_unsynced
     assert synced == [(folder / "outbox.db-wal").stat().st_ino]
     outbox.put(b"y", 1)
-    assert outbox.db.is_unsynced
+    assert outbox.db.wal.is_unsynced
 
 
 def test_with_full_nothing_is_ever_unsynced(outbox_factory: Callable[..., Outbox]) -> None:
     outbox = outbox_factory(full=True)
     outbox.put(b"x", 1)
     outbox.lease(1, 60)
-    assert not outbox.db.is_unsynced
+    assert not outbox.db.wal.is_unsynced
 
 
 def test_a_sync_that_fails_is_a_storage_error_and_is_still_to_be_done(
@@ -387,12 +372,12 @@ def test_a_sync_that_fails_is_a_storage_error_and_is_still_to_be_done(
 
     outbox.put(b"x", 1)
     with monkeypatch.context() as patch:
-        patch.setattr(segment_durable.db, "sync_file", fail)
+        patch.setattr(wal, "sync_file", fail)
         with pytest.raises(StorageError):
-            outbox.db.sync()
-    assert outbox.db.is_unsynced
-    outbox.db.sync()
-    assert not outbox.db.is_unsynced
+            outbox.db.wal.sync()
+    assert outbox.db.wal.is_unsynced
+    outbox.db.wal.sync()
+    assert not outbox.db.wal.is_unsynced
 
 
 def test_a_sync_takes_no_lock_from_sqlite_or_from_the_outbox(outbox: Outbox, worker: Worker) -> None:
@@ -400,7 +385,7 @@ def test_a_sync_takes_no_lock_from_sqlite_or_from_the_outbox(outbox: Outbox, wor
     outbox.put(b"x", 1)
     lease = outbox.lease(1, 3_600)
     assert isinstance(lease, Lease)
-    outbox.db.sync()
+    outbox.db.wal.sync()
     assert not isinstance(worker.call("lease", 1, 60), Lease)
     worker.close()  # not the last: it must see this process's locks, and leave the WAL
     assert (outbox.db.folder / "outbox.db-wal").exists()
@@ -440,9 +425,9 @@ def test_parent_and_child_both_put_after_a_fork_and_nothing_is_lost(
     outbox: Outbox, folder: Path, clock: FakeClock, fork: Callable[[], Worker], worker: Worker
 ) -> None:
     outbox.put(b"before", 1)
-    assert outbox.db.suspend()
+    assert outbox.db.connections.suspend()
     child = fork()
-    outbox.db.resume()
+    outbox.db.connections.resume()
     child.call("forget_inherited")
     child.open(folder, clock)
     expected = [b"before"]
@@ -463,9 +448,9 @@ def test_the_wal_stays_under_a_child_when_its_parent_is_gone(
 ) -> None:
     outbox = outbox_factory()
     outbox.put(b"a", 1)
-    assert outbox.db.suspend()
+    assert outbox.db.connections.suspend()
     child = fork()
-    outbox.db.resume()
+    outbox.db.connections.resume()
     child.call("forget_inherited")
     child.open(folder, clock)
     assert child.call("put", b"b", 1)
@@ -485,9 +470,9 @@ def test_a_fork_leaves_the_parents_lease_alive_and_gives_the_child_none_of_it(
     outbox.put(b"x", 1)
     lease = outbox.lease(1, 3_600)
     assert isinstance(lease, Lease)
-    assert outbox.db.suspend()
+    assert outbox.db.connections.suspend()
     child = fork()
-    outbox.db.resume()
+    outbox.db.connections.resume()
     child.call("forget_inherited")
     child.open(folder, clock)
     assert not isinstance(child.call("lease", 1, 60), Lease)
@@ -510,11 +495,11 @@ def test_a_child_does_not_keep_a_dead_parents_lease_alive(
 
 
 def test_other_threads_wait_while_the_outbox_is_suspended(outbox: Outbox) -> None:
-    assert outbox.db.suspend()
+    assert outbox.db.connections.suspend()
     thread = threading.Thread(target=outbox.put, args=(b"x", 1), daemon=True)
     thread.start()
     wait_until(lambda: len(outbox._intake._waiting) == 1)
-    outbox.db.resume()
+    outbox.db.connections.resume()
     thread.join(30)
     assert bodies(outbox) == [b"x"]
 
@@ -530,12 +515,12 @@ def test_suspend_gives_up_on_a_thread_that_does_not_leave_and_changes_nothing(ou
     thread = threading.Thread(target=stay, daemon=True)
     thread.start()
     assert entered.wait(30)
-    assert outbox.db.suspend(timeout=0.05) is False
+    assert outbox.db.connections.suspend(timeout=0.05) is False
     leave.set()
     thread.join(30)
     assert outbox.put(b"x", 1)
-    assert outbox.db.suspend(timeout=0.05) is True
-    outbox.db.resume()
+    assert outbox.db.connections.suspend(timeout=0.05) is True
+    outbox.db.connections.resume()
 
 
 # -- signal handlers
@@ -591,7 +576,7 @@ def test_a_signal_handler_does_not_write_while_another_process_has_the_writer_lo
 ) -> None:
     """Its thread waits for that lock just then, and does not have it yet."""
     worker.call("hold_writer_lock")
-    for module in ("db", "intake"):
+    for module in ("connections", "intake"):
         monkeypatch.setattr(f"segment_durable.{module}.WRITE_TIMEOUT", 0.1)
     nap = time.sleep
     accepted: list[bool] = []
@@ -610,53 +595,12 @@ def test_a_signal_handler_does_not_write_while_another_process_has_the_writer_lo
     assert outbox.pending() == 0
 
 
-class Remembering(deque[Any]):
-    """The puts that wait, and all that ever did, so that a thread that hangs does not go on after its test."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.all: list[Any] = []
-
-    def append(self, put: Any) -> None:
-        self.all.append(put)
-        super().append(put)
-
-
 @pytest.fixture
 def waiting(outbox: Outbox) -> Iterator[Remembering]:
     outbox._intake._waiting = waiting = Remembering()
     yield waiting
     for put in waiting.all:
         put.error = put.error or StorageError("the test is over")
-
-
-class Interruption:
-    """Calls `handle` once, before the bytecode number `at` that the package executes: any place a signal can come."""
-
-    def __init__(self, at: int, handle: Callable[[], object]) -> None:
-        self._left = at
-        self._handle = handle
-        self.happened = False
-
-    def __enter__(self) -> Interruption:
-        self._before = sys.gettrace()
-        sys.settrace(self._trace)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        sys.settrace(self._before)
-
-    def _trace(self, frame: FrameType, event: str, _: object) -> Any:
-        if "segment_durable" not in frame.f_code.co_filename:
-            return None
-        frame.f_trace_opcodes = True
-        if event == "opcode" and not self.happened:
-            self._left -= 1
-            if self._left < 0:
-                self.happened = True
-                sys.settrace(None)
-                self._handle()
-        return self._trace
 
 
 def test_a_signal_handler_may_put_at_any_place_of_a_put(outbox: Outbox, worker: Worker) -> None:

@@ -1,0 +1,283 @@
+"""The connections of a process to an outbox's database: opened, exchanged after damage, closed around a fork.
+
+Two for each process and outbox.  One writes, under the lock file's mutex, so that it never crosses threads without a
+lock and threads can commit together.  The other reads, under a mutex of its own, so that neither waits for the other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from segment_durable.admission import Admission, disk_full
+from segment_durable.damage import Damage
+from segment_durable.database_file import PAGE_SIZE, connect, connect_for_reading, unavailable
+from segment_durable.errors import OutboxError, StorageError
+from segment_durable.identity import Damaged
+from segment_durable.locks import LockFile
+from segment_durable.quarantine import finish
+from segment_durable.reserve import Reserve
+from segment_durable.sqlite_errors import SQLITE_PROBLEMS, is_damage, storage_error
+
+__all__ = ["SPARE_PAGES", "WRITE_TIMEOUT", "Connections"]
+
+WRITE_TIMEOUT = 5.0  # seconds that a write waits for other writers
+SPARE_PAGES = 32  # of the largest file that the process may write: not for puts
+
+
+class Connections:
+    """Those to the database at `path`, which is created if there is none; nothing is opened before it is used.
+
+    `full`: sync at each commit (`PRAGMA synchronous=FULL`).  Opening raises `OutboxUnavailable` or `NotAnOutbox` if
+    the file can't be used; later trouble is a `StorageError` or an `OutboxBusy`.
+    """
+
+    def __init__(
+        self, path: Path, lock: LockFile, reserve: Reserve, admission: Admission, damage: Damage, *, full: bool
+    ) -> None:
+        self.path = path
+        self.full = full
+        self.lock = lock
+        self._reserve = reserve
+        self._admission = admission
+        self._damage = damage
+        self._closed = False
+        self._connection: sqlite3.Connection | None = None
+        self.generation = -1  # of the lock file, to which the connection for writing belongs
+        self._reading: sqlite3.Connection | None = None
+        self._reading_generation = -1
+        self._spare: sqlite3.Connection | None = None  # for reading, for the next that asks for one
+        self._held: list[sqlite3.Connection] = []  # to a damaged database that could not be set aside yet
+        # Taken before the lock file's mutex where both are needed; reentrant for the same reason as that one.
+        self._reading_mutex = threading.RLock()
+
+    # -- use
+
+    @contextlib.contextmanager
+    def writer(self) -> Iterator[sqlite3.Connection]:
+        """The connection for writing, under the writer lock."""
+        self.lock.acquire(WRITE_TIMEOUT)
+        try:
+            yield self.current()
+        finally:
+            self.lock.release()
+
+    def current(self) -> sqlite3.Connection:
+        """The connection for writing, under the writer lock: never one to a database that was set aside."""
+        connection = self._connection
+        if connection is None or self.lock.generation() != self.generation:
+            return self._open()
+        return connection
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether a transaction is open; under the mutex, and so it is this thread's own."""
+        return self._connection is not None and self._connection.in_transaction
+
+    @contextlib.contextmanager
+    def translated(self) -> Iterator[None]:
+        """Under the writer lock: what SQLite raises becomes a `StorageError`; a damaged database is replaced."""
+        try:
+            yield
+        except SQLITE_PROBLEMS as problem:
+            error = storage_error(problem)
+            if is_damage(error):
+                self.replace(error, self.generation)
+            raise error from problem
+
+    @contextlib.contextmanager
+    def reader(self, timeout: float) -> Iterator[sqlite3.Connection]:
+        """The connection for reading, under its mutex; errors as from `translated`."""
+        if not self._reading_mutex.acquire(timeout=timeout):
+            raise StorageError("the outbox is in use by another thread", "SQLITE_BUSY")
+        try:
+            reading = self._reading
+            if reading is None or (not reading.in_transaction and self.lock.generation() != self._reading_generation):
+                reading = self._open_for_reading(timeout)
+            generation = self._reading_generation
+            try:
+                yield reading
+            except SQLITE_PROBLEMS as problem:
+                error = storage_error(problem)
+                if is_damage(error):
+                    self.replace(error, generation)
+                raise error from problem
+        finally:
+            self._reading_mutex.release()
+        if self._damage.news:
+            self._damage.tell()
+
+    def limit_pages(self, connection: sqlite3.Connection, spare: int) -> None:
+        """Where files may not grow beyond a size: a database of more could never take in its WAL."""
+        pages = self._reserve.file_limit // PAGE_SIZE
+        if pages < 1 << 31:
+            connection.execute(f"PRAGMA max_page_count={max(pages - spare, 1)}")
+
+    # -- another database
+
+    def replace(self, problem: StorageError, generation: int) -> None:
+        """The database of that generation is damaged: put another in its place, unless that has been done.
+
+        Raises `OutboxError` if it can't be.
+        """
+        self.lock.acquire(WRITE_TIMEOUT)
+        try:
+            if self.lock.generation() != generation:
+                return
+            self._damage.check_limit(problem)
+            try:
+                self._set_aside()
+            except (sqlite3.Error, OSError) as failure:
+                raise self._damage.not_replaced(failure) from failure
+        finally:
+            self.lock.release()
+
+    def _set_aside(self) -> str:
+        """Under the writer lock.  The connections to the damaged database stay open until it is not there any more."""
+        name = self._damage.set_aside()
+        current, self._connection = self._connection, None
+        self._hold(current)
+        while self._held:
+            self._held.pop().close()
+        return name
+
+    def _hold(self, connection: sqlite3.Connection | None) -> None:
+        if connection is not None and connection is not self._connection:
+            self._held.append(connection)
+
+    # -- life
+
+    def suspend(self, timeout: float = 30.0) -> bool:
+        """Close the connections and keep every other thread out until `resume()`: done around a fork.
+
+        A SQLite connection must not be carried over a fork, not even unused: SQLite counts its POSIX locks for each
+        process in memory that the child inherits, so a connection that the child opens beside an inherited one
+        believes that it holds locks which it does not hold.  Another process then takes the database for unused and
+        deletes the WAL under the child's feet (seen: the child's next commit was lost).  Returns False, with nothing
+        done, if another thread did not leave the connection within `timeout` seconds.
+        """
+        end = time.monotonic() + timeout
+        if not self._reading_mutex.acquire(timeout=timeout):
+            return False
+        if not self.lock.mutex.acquire(timeout=max(0.0, end - time.monotonic())):
+            self._reading_mutex.release()
+            return False
+        self._disconnect(WRITE_TIMEOUT)
+        return True
+
+    def resume(self) -> None:
+        """End `suspend()`, in the process that called it; the next call opens the connection again."""
+        self.lock.mutex.release()
+        self._reading_mutex.release()
+
+    def close(self, timeout: float = WRITE_TIMEOUT) -> None:
+        """Close the connections and the lock file, waiting for others `timeout` seconds at most.
+
+        Neither this nor what uses it can be used any more; may be called twice.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        end = time.monotonic() + timeout
+        if self._reading_mutex.acquire(timeout=timeout):
+            try:
+                if not self.lock.mutex.acquire(timeout=max(0.0, end - time.monotonic())):
+                    return
+                try:
+                    self._disconnect(timeout)
+                finally:
+                    self.lock.mutex.release()
+            finally:
+                self._reading_mutex.release()
+            self.lock.close()
+        # Otherwise a thread is at work in there: its connection and the lock file end with the process.
+
+    # -- inside
+
+    def _open(self) -> sqlite3.Connection:
+        """Connect, under the mutex; create or check the schema, which takes the writer lock."""
+        if self._closed:
+            raise StorageError("the outbox has been closed", "SQLITE_MISUSE")
+        self.lock.acquire(WRITE_TIMEOUT)
+        old, self._connection = self._connection, None
+        connection = None
+        try:
+            aside = finish(self.path)
+            try:
+                connection = self._connect()
+            except Damaged as problem:
+                self._hold(problem.connection)
+                aside = self._set_aside()
+                connection = self._connect()
+            self.limit_pages(connection, SPARE_PAGES)
+            # Opened here, and not when something is read, so that it is under the writer lock: a database that is just
+            # being set aside must not be opened, and who reads must not wait for the writers.
+            self._close_spare()
+            self._spare = connect_for_reading(self.path)
+            self.generation = self.lock.generation()
+            self._connection = connection
+            self._damage.look_for_sets(connection, aside)
+            if not self._reserve.make():
+                self._admission.refuse(disk_full())
+        except (Damaged, sqlite3.Error, OSError) as problem:
+            self._hold(connection)
+            raise unavailable(self.path, problem) from problem
+        finally:
+            if old is not None:
+                old.close()  # after the new one was opened: the last one to be closed makes a checkpoint
+            self.lock.release()
+        return connection
+
+    def _connect(self) -> sqlite3.Connection:
+        is_ours = self._reserve.exists()
+        try:
+            return connect(self.path, full=self.full, is_ours=is_ours)
+        except sqlite3.Error:
+            if not self._reserve.free():  # opening takes space as well
+                raise
+            return connect(self.path, full=self.full, is_ours=is_ours)
+
+    def _open_for_reading(self, timeout: float) -> sqlite3.Connection:
+        if not self.lock.mutex.acquire(timeout=timeout):
+            raise StorageError("the outbox is in use by another thread", "SQLITE_BUSY")
+        try:
+            if self._connection is None or self._spare is None or self.lock.generation() != self.generation:
+                self._open()
+            connection, self._spare = self._spare, None
+            assert connection is not None
+            old, self._reading = self._reading, connection
+            self._reading_generation = self.generation
+        finally:
+            self.lock.mutex.release()
+        if old is not None:
+            old.close()
+        return connection
+
+    def _close_spare(self) -> None:
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            spare.close()
+
+    def _disconnect(self, timeout: float) -> None:
+        reading, self._reading = self._reading, None
+        if reading is not None:
+            reading.close()
+        self._close_spare()
+        connection, self._connection = self._connection, None
+        if connection is None:
+            return
+        # The last close of all processes checkpoints and removes the WAL; that, too, belongs under the writer lock.
+        # A process that keeps the lock has the database open, so this is not the last.
+        try:
+            self.lock.acquire(timeout)
+        except OutboxError:
+            connection.close()
+            return
+        try:
+            connection.close()
+        finally:
+            self.lock.release()
