@@ -258,11 +258,9 @@ class Intake:
 
     def _insert(self, group: list[_Put]) -> int:
         """How many of them were accepted: the first ones, for the limit is the same for all."""
-        limit = group[0].parameters[0]
-        statement, parameters = _PUT, group[0].parameters
-        if len(group) > 1:
-            rows = next(rows for rows in _GROUPS if rows >= len(group))
-            given: list[int | bytes | None] = [value for put in group for value in put.parameters[1:]]
-            given += [None, None] * (rows - len(group))
-            statement, parameters = _GROUPS[rows], (*given, limit)
-        return self._db.write_one(statement, parameters, self._wake_next)
+        if len(group) == 1:
+            return self._db.write_one(_PUT, group[0].parameters, self._wake_next)
+        rows = next(rows for rows in _GROUPS if rows >= len(group))
+        given = [value for put in group for value in put.parameters[1:]]
+        missing = [None, None] * (rows - len(group))
+        return self._db.write_one(_GROUPS[rows], (*given, *missing, group[0].parameters[0]), self._wake_next)
