@@ -330,6 +330,19 @@ def test_a_damaged_set_of_which_the_loss_is_not_known(folder: Path, run: Run) ->
     close(Outbox(folder, SystemClock()))
 
 
+@pytest.mark.parametrize(
+    ("table", "column"), [("event", "appended_at"), ("state", "delivered"), ("lease", "deadline"), ("backoff", "told")]
+)
+def test_a_value_of_a_wrong_type_is_said_to_be_damage(
+    mixed: Outbox, folder: Path, run: Run, table: str, column: str
+) -> None:
+    with mixed.db.write() as connection:
+        connection.execute(f"UPDATE {table} SET {column} = 'zzz'")
+    for argv in (["status", folder], ["list", folder], ["show", folder, "3"]):
+        if argv[0] == "status" or table in ("event", "lease"):
+            fails(run(*argv), "is damaged or not an outbox")
+
+
 # -- list
 
 
