@@ -231,6 +231,8 @@ class LockFile:
         """
         if slot == self.slot:
             return token in self.held
+        if not _FIRST_SLOT <= slot < _LAST_SLOT:  # which no process has: what was stored was damaged
+            return False
         if not _try_lock(self._fd, slot):
             return True
         _unlock(self._fd, slot)

@@ -23,6 +23,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
+import re
 import secrets
 import sqlite3
 from collections.abc import Callable, Sequence
@@ -34,12 +35,13 @@ from segment_durable.backoff import current_backoff, end_backoff, store_backoff
 from segment_durable.clock import Clock
 from segment_durable.connections import WRITE_TIMEOUT
 from segment_durable.db import Database
-from segment_durable.errors import SourceMismatch, StorageError
+from segment_durable.errors import OutboxError, SourceMismatch, StorageError
 from segment_durable.intake import Intake
 from segment_durable.leases import AHEAD, between, end_lease, first_free, shrink, take_over
 from segment_durable.records import Backoff, DeadLetter, Lease, NotNow, OutboxStats, Row
+from segment_durable.soundness import UNSOUND_BODY, Kinds, all_sound, are_books_sound, malformed, sound
 from segment_durable.sqlite_errors import is_damage
-from segment_durable.views import LEASES, TOTALS, read_backoff, read_stats
+from segment_durable.views import TOTALS, read_backoff, read_leases, read_stats
 
 __all__ = ["Outbox"]
 
@@ -47,10 +49,21 @@ _NO_LIMIT = 1 << 62
 _ERASED_AT_ONCE = 5_000  # events in one transaction
 _BUSY_LOOK = 0.5  # seconds after which a sender looks again at leases of others
 
+# The first id is looked up apart: that costs less than an aggregate, by as much as the comparison takes.
 _JOINED = """
-SELECT count(*), min(id), max(id), CAST(group_concat(body, ',') AS BLOB)
-FROM (SELECT id, body FROM event WHERE id BETWEEN ? AND ? ORDER BY id LIMIT ?)
+SELECT count(*), (SELECT min(id) FROM event WHERE id >= ?1), max(id), CAST(group_concat(body, ',') AS BLOB)
+FROM (SELECT id, body FROM event WHERE id BETWEEN ?1 AND ?2 AND body >= x'' ORDER BY id LIMIT ?3)
 """
+_UNSOUND = f"SELECT 1 FROM event WHERE id BETWEEN ? AND ? AND {UNSOUND_BODY} LIMIT 1"
+
+_DEAD_LETTER_KINDS: Kinds = (int, int, int, int, str, str, bytes)
+# Of a text SQLite would count on from 0.
+_COUNT = """
+UPDATE state SET {} WHERE typeof(last_id) = 'integer' AND typeof(delivered) = 'integer' AND typeof(buried) = 'integer'
+AND typeof(erased) = 'integer' AND typeof(expired) = 'integer' AND typeof(requeued) = 'integer'
+AND typeof(dead_erased) = 'integer'
+"""
+_SALT, _DIGEST = re.compile("[0-9a-f]{32}"), re.compile("[0-9a-f]{64}")
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -115,7 +128,7 @@ class Outbox:
 
     def put(self, body: bytes, appended_at: int, max_pending: int = 0) -> bool:
         """Append one event; see `Intake.put`."""
-        return self._intake.put(body, appended_at, max_pending)
+        return self._intake.put(body, appended_at, max_pending) or self._put_after_all(body, appended_at, max_pending)
 
     # -- out
 
@@ -176,6 +189,8 @@ class Outbox:
             for event_id, body in connection.execute(
                 "SELECT id, body FROM event WHERE id BETWEEN ? AND ? ORDER BY id", (first, last)
             ):
+                if type(body) is not bytes:
+                    raise malformed()
                 found.append(Row(event_id, body))
                 max_bytes -= len(body)
                 if max_bytes < 0:
@@ -190,7 +205,12 @@ class Outbox:
         busy caller every time costs more than the row does.
         """
         count, low, high, events = self.db.read_one(_JOINED, (first, last, limit))
-        return count, low or 0, high or 0, events or b""
+        end = high if count == limit else last
+        if count != end - first + 1:  # some have left, or were passed over because they are damaged
+            with self.db.read() as connection:
+                if connection.execute(_UNSOUND, (first, end)).fetchone() is not None:
+                    raise malformed()
+        return (count, low, high, events) if count else (0, 0, 0, b"")
 
     @_with_reserve
     def extend(self, lease: Lease, seconds: float) -> Lease | None:
@@ -221,9 +241,7 @@ class Outbox:
                 first, last = found
                 shrink(connection, lease, through, last)
             deleted = connection.execute("DELETE FROM event WHERE id BETWEEN ? AND ?", (first, through)).rowcount
-            connection.execute(
-                "UPDATE state SET delivered = delivered + ?, last_id = max(last_id, ?)", (deleted, through)
-            )
+            _count(connection, "delivered = delivered + ?, last_id = max(last_id, ?)", (deleted, through))
             end_backoff(connection, self._clock)
         if through >= last:
             self.db.lock.held.discard(lease.token)
@@ -239,16 +257,18 @@ class Outbox:
             found = self._fence(connection, lease, event_id)
             if found is None:
                 return None
-            (dead,) = connection.execute("SELECT buried - requeued - dead_erased FROM state").fetchone()
-            if dead >= max_dead:
+            found_dead = connection.execute("SELECT buried - requeued - dead_erased FROM state").fetchone()
+            if sound(found_dead, (int,))[0] >= max_dead:
                 return False
             moved = connection.execute(
                 "INSERT INTO dead (id, appended_at, buried_at, status, code, answer, body) "
-                "SELECT id, appended_at, ?, ?, ?, ?, body FROM event WHERE id = ?",
+                "SELECT id, appended_at, ?, ?, ?, ?, body FROM event "
+                "WHERE id = ? AND typeof(appended_at) = 'integer' AND typeof(body) = 'blob'",
                 (int(self._clock.time() * 1000), status, code, answer, event_id),
             ).rowcount
-            connection.execute("DELETE FROM event WHERE id = ?", (event_id,))
-            connection.execute("UPDATE state SET buried = buried + ?, last_id = max(last_id, ?)", (moved, event_id))
+            if connection.execute("DELETE FROM event WHERE id = ?", (event_id,)).rowcount != moved:
+                raise malformed()
+            _count(connection, "buried = buried + ?, last_id = max(last_id, ?)", (moved, event_id))
             end_backoff(connection, self._clock)
             shrink(connection, lease, event_id, found[1])
         if event_id >= found[1]:
@@ -281,23 +301,20 @@ class Outbox:
         cutoff = int(older_than * 1000)
         with self.db.read() as connection:
             oldest = connection.execute("SELECT appended_at FROM event ORDER BY id LIMIT 1").fetchone()
-        if oldest is None or oldest[0] >= cutoff:
-            return []
+            if oldest is None or sound(oldest, (int,))[0] >= cutoff:
+                return []
         with self.db.write() as connection:
             if self._sort_leases(connection, self._clock.boot())[0]:
                 return []
             expired: list[Row] = []
             found = connection.execute("SELECT id, appended_at, body FROM event ORDER BY id LIMIT ?", (limit,))
-            for event_id, appended_at, body in found.fetchall():
+            for event_id, appended_at, body in all_sound(found, (int, int, bytes)):
                 if appended_at >= cutoff:
                     break
                 expired.append(Row(event_id, body))
             if expired:
                 connection.execute("DELETE FROM event WHERE id <= ?", (expired[-1].id,))
-                connection.execute(
-                    "UPDATE state SET expired = expired + ?, last_id = max(last_id, ?)",
-                    (len(expired), expired[-1].id),
-                )
+                _count(connection, "expired = expired + ?, last_id = max(last_id, ?)", (len(expired), expired[-1].id))
         return [row.body for row in expired]
 
     def erase(self, ids: Sequence[int] | None = None) -> int:
@@ -326,9 +343,12 @@ class Outbox:
         with self.db.read() as connection:
             return [
                 DeadLetter(row[0], row[1] / 1000, row[2] / 1000, *row[3:])
-                for row in connection.execute(
-                    "SELECT id, appended_at, buried_at, status, code, answer, body FROM dead ORDER BY id LIMIT ?",
-                    (limit,),
+                for row in all_sound(
+                    connection.execute(
+                        "SELECT id, appended_at, buried_at, status, code, answer, body FROM dead ORDER BY id LIMIT ?",
+                        (limit,),
+                    ),
+                    _DEAD_LETTER_KINDS,
                 )
             ]
 
@@ -344,14 +364,17 @@ class Outbox:
                     "SELECT ifnull(sum(length(body)), 0) FROM dead WHERE id = ?", (each,)
                 ).fetchone()
                 size += length
-                moved += connection.execute(
+                found = connection.execute(
                     "INSERT INTO event (id, appended_at, body) "
                     "SELECT (SELECT max(last_id, ifnull((SELECT max(id) FROM event), 0)) FROM state) + 1, "
-                    "appended_at, body FROM dead WHERE id = ?",
+                    "appended_at, body FROM dead "
+                    "WHERE id = ? AND typeof(appended_at) = 'integer' AND typeof(body) = 'blob'",
                     (each,),
                 ).rowcount
-                connection.execute("DELETE FROM dead WHERE id = ?", (each,))
-            connection.execute("UPDATE state SET requeued = requeued + ?", (moved,))
+                if connection.execute("DELETE FROM dead WHERE id = ?", (each,)).rowcount != found:
+                    raise malformed()
+                moved += found
+            _count(connection, "requeued = requeued + ?", (moved,))
         self.db.wal.wrote(size)
         return moved
 
@@ -363,14 +386,14 @@ class Outbox:
                 erased = connection.execute("DELETE FROM dead").rowcount
             else:
                 erased = sum(connection.execute("DELETE FROM dead WHERE id = ?", (each,)).rowcount for each in ids)
-            connection.execute("UPDATE state SET dead_erased = dead_erased + ?", (erased,))
+            _count(connection, "dead_erased = dead_erased + ?", (erased,))
         return erased
 
     # -- what is there
 
     def last_id(self, timeout: float = WRITE_TIMEOUT) -> int:
         """The highest id ever given, 0 if none was; `timeout` as for `first_id`."""
-        last: int = self.db.read_one(TOTALS, timeout=timeout)[0]
+        last: int = self._totals(timeout)[0]
         return last
 
     def first_id(self, timeout: float = WRITE_TIMEOUT) -> int | None:
@@ -383,7 +406,7 @@ class Outbox:
 
     def pending(self) -> int:
         """How many events have not left, those on their way included; does not count rows."""
-        last, _, delivered, buried, erased, expired, *_ = self.db.read_one(TOTALS)
+        last, _, delivered, buried, erased, expired, *_ = self._totals()
         return int(last - delivered - buried - erased - expired)
 
     @_after_damage
@@ -394,9 +417,30 @@ class Outbox:
     @_after_damage
     def stats(self) -> OutboxStats:
         with self.db.read() as connection:
+            if not are_books_sound(connection.execute(TOTALS).fetchone()):
+                raise malformed()
             return read_stats(connection, self._clock, self.db.space.size_on_disk(), self._is_dead)
 
     # -- inside
+
+    def _put_after_all(self, body: bytes, appended_at: int, max_pending: int) -> bool:
+        """Refused, and so the limit is reached; or the counters are damaged, and another try is worth it."""
+        try:
+            pending = self.pending()
+        except OutboxError:
+            return False
+        return (not max_pending or pending < max_pending) and self._intake.put(body, appended_at, max_pending)
+
+    @_after_damage
+    def _totals(self, timeout: float = WRITE_TIMEOUT) -> Any:
+        """The row of `TOTALS`."""
+        totals = self.db.read_one(TOTALS, timeout=timeout)
+        if not are_books_sound(totals):
+            with self.db.read(timeout) as connection:  # once more: here it is known which database is the damaged one
+                totals = connection.execute(TOTALS).fetchone()
+                if not are_books_sound(totals):
+                    raise malformed()
+        return totals
 
     @_with_reserve
     def _erase(self, spans: Sequence[tuple[int, int]]) -> int:
@@ -410,14 +454,14 @@ class Outbox:
                     ).fetchone()
                     highest = max(highest, top or 0)
                     erased += connection.execute("DELETE FROM event WHERE id BETWEEN ? AND ?", (low, high)).rowcount
-            connection.execute("UPDATE state SET erased = erased + ?, last_id = max(last_id, ?)", (erased, highest))
+            _count(connection, "erased = erased + ?, last_id = max(last_id, ?)", (erased, highest))
         return erased
 
     @_after_damage
     def _claim(self, write_key: str) -> None:
         """Mark a new outbox as this source's; raise `SourceMismatch` if it is another's."""
         with self.db.write() as connection:
-            facts = dict(connection.execute("SELECT name, value FROM meta").fetchall())
+            facts = dict(all_sound(connection.execute("SELECT name, value FROM meta"), (str, str)))
             if not {"source_salt", "source_digest"} <= facts.keys():
                 salt = secrets.token_hex(16)
                 connection.executemany(
@@ -425,6 +469,8 @@ class Outbox:
                     [("source_salt", salt), ("source_digest", _digest(salt, write_key))],
                 )
                 return
+            if not (_SALT.fullmatch(facts["source_salt"]) and _DIGEST.fullmatch(facts["source_digest"])):
+                raise malformed()
         if not hmac.compare_digest(facts["source_digest"], _digest(facts["source_salt"], write_key)):
             raise SourceMismatch(
                 self.db.folder, "this outbox belongs to another write_key: give each source an outbox_dir of its own"
@@ -433,7 +479,7 @@ class Outbox:
     def _sort_leases(self, connection: sqlite3.Connection, now: float) -> tuple[list[Any], list[Any]]:
         living: list[Any] = []
         dead: list[Any] = []
-        for lease in connection.execute(LEASES).fetchall():
+        for lease in read_leases(connection):
             (dead if self._is_dead(lease, now) else living).append(lease)
         return living, dead
 
@@ -450,10 +496,18 @@ class Outbox:
         if found is None:
             self.db.lock.held.discard(lease.token)
             return None
-        first, last = found
+        first, last = sound(found, (int, int))
+        if last != lease.last or first < lease.first:  # or what others have would be acknowledged as well
+            raise malformed()
         if not first <= through <= last:
             raise ValueError(f"event {through} is not within the lease of {first} to {last}")
         return first, last
+
+
+def _count(connection: sqlite3.Connection, change: str, parameters: tuple[int, ...]) -> None:
+    """Set counters of the table `state`; raises what SQLite does of a damaged database if one is no number."""
+    if connection.execute(_COUNT.format(change), parameters).rowcount != 1:
+        raise malformed()
 
 
 def _digest(salt: str, write_key: str) -> str:

@@ -89,21 +89,35 @@ def kept_sets(folder: Path) -> dict[str, int]:
 def sets_since(folder: Path, seconds: float) -> int:
     """How many sets were put aside in the last `seconds`."""
     oldest = time.time() - seconds
-    times = [_SET.match(name) for name in kept_sets(folder)]
-    return sum(timegm(time.strptime(found[1], _TIME)) >= oldest for found in times if found)
+    return sum(_set_aside_at(name) >= oldest for name in kept_sets(folder))
 
 
 def told_sets(connection: sqlite3.Connection, folder: Path) -> list[DamagedSet]:
     """The sets of which the database tells, oldest first, and those that are there without that."""
     sizes = kept_sets(folder)
     found: dict[str, Salvaged] = {}
+    # As bytes: text that is not UTF-8 would end the query.
     for name, value in connection.execute(
-        "SELECT name, value FROM meta WHERE substr(name, 1, ?) = ?", (len(DAMAGE_FACT), DAMAGE_FACT)
+        "SELECT CAST(substr(name, ?) AS BLOB), CAST(value AS BLOB) FROM meta WHERE substr(name, 1, ?) = ?",
+        (len(DAMAGE_FACT) + 1, len(DAMAGE_FACT), DAMAGE_FACT),
     ).fetchall():
         with contextlib.suppress(ValueError, TypeError):
-            found[name[len(DAMAGE_FACT) :]] = Salvaged(**json.loads(value))
+            text = name.decode()
+            if _SET.fullmatch(text):
+                found[text] = Salvaged(**json.loads(value))
     unknown = Salvaged(None, None, None)
-    return [DamagedSet(name, sizes.get(name, 0), *found.get(name, unknown)) for name in sorted({*sizes, *found})]
+    return [
+        DamagedSet(name, _set_aside_at(name), sizes.get(name, 0), *found.get(name, unknown))
+        for name in sorted({*sizes, *found})
+    ]
+
+
+def _set_aside_at(name: str) -> float:
+    """Seconds since 1970, 0 if the name has a time that can't be."""
+    match = _SET.fullmatch(name)
+    with contextlib.suppress(ValueError):
+        return timegm(time.strptime(match[1], _TIME)) if match else 0.0
+    return 0.0
 
 
 def _move(path: Path, kept: Path) -> None:

@@ -28,6 +28,7 @@ class DamagedSet:
     """A damaged database that is kept in the folder of the outbox: `name`, and beside it its WAL."""
 
     name: str
+    set_aside_at: float  # seconds since 1970
     bytes: int
     events: int | None  # that were salvaged; None: not known
     dead: int | None

@@ -28,6 +28,7 @@ DAMAGE_FACT = "damaged:"  # in `meta`, before the name of a set that was put asi
 # Where schema.sql puts the tables, for when the schema can't be read.
 _ROOTS = {"event": 3, "dead": 4, "state": 6, "meta": 8}
 _SHAPES: dict[str, tuple[type, ...]] = {"event": (int, bytes), "dead": (int, int, int, str, str, bytes)}
+_TIMES = {"event": 1, "dead": 2}  # how many columns of these are times
 _SOURCE = {"source_salt": re.compile("[0-9a-f]{32}"), "source_digest": re.compile("[0-9a-f]{64}")}
 _OUTBOX_ID = re.compile("[0-9a-f]{32}")
 _MARGIN = 1_000_000  # ids that are skipped where it is not known which ones were given
@@ -77,7 +78,8 @@ class _Source:
             application = int.from_bytes(self._pages.page(1)[68:72], "big")
         except Broken:
             return False
-        if application != APPLICATION_ID or self.state() is None or self.outbox_id() is None:
+        # What the counters are tells nothing of whose WAL it is, but there has to be one row of them.
+        if application != APPLICATION_ID or self._counters() is None or self.outbox_id() is None:
             return False
         return all(not row.stray for table in _SHAPES for row in self.trees.rows(self._roots[table])) and (
             self.trees.broken == 0
@@ -102,10 +104,12 @@ class _Source:
 
     def state(self) -> list[int] | None:
         """last_id, delivered, buried, erased, expired, requeued, dead_erased; None if that can't be."""
+        found = self._counters()
+        return found if found and all(isinstance(each, int) and each >= 0 for each in found) else None
+
+    def _counters(self) -> list[Any] | None:
         found = [row.values[1:8] for row in self.trees.rows(self._roots["state"])]
-        if len(found) != 1 or len(found[0]) < 7 or not all(isinstance(each, int) and each >= 0 for each in found[0]):
-            return None
-        return found[0]
+        return found[0] if len(found) == 1 and len(found[0]) == 7 else None
 
     def rows(self, table: str, *, stray: bool) -> Iterator[tuple[Any, ...]]:
         """The rows that can be used, as they are to be inserted; the strays, or the others."""
@@ -114,12 +118,17 @@ class _Source:
         for row in self.trees.rows(self._roots[table]):
             if row.stray is not stray or len(row.values) <= len(shape):
                 continue
-            values = row.values[1 : len(shape) + 1]
-            if not all(isinstance(value, kind) for value, kind in zip(values, shape)) or not _is_event(values[-1]):
+            *facts, body = row.values[1 : len(shape) + 1]
+            if isinstance(body, str):  # of one bit another value, and the same bytes
+                body = body.encode()
+            if not isinstance(body, bytes) or not _is_event(body):
                 continue
-            if not 0 < values[0] < now + _DAY:  # or max_age would expire it by a damaged time
-                values[0] = now
-            yield (row.id, *values)
+            # Without what else is known of it an event can be delivered all the same.
+            facts = [value if isinstance(value, kind) else kind() for value, kind in zip(facts, shape)]
+            for number in range(_TIMES[table]):
+                if not 0 < facts[number] < now + _DAY:  # or max_age would expire it by a damaged time
+                    facts[number] = now
+            yield (row.id, *facts, body)
 
 
 def _choose(main: int | None, wal: int | None) -> _Source:
@@ -149,6 +158,8 @@ def _copy(source: _Source, connection: sqlite3.Connection, size: int) -> Salvage
         top, count = connection.execute(f"SELECT ifnull(max(id), 0), count(*) FROM {table}").fetchone()
         highest = max(highest, top)
         counts.append(count)
+    # An id is given once: it is the event as it was before it was refused.
+    counts[0] -= connection.execute("DELETE FROM event WHERE id IN (SELECT id FROM dead)").rowcount
     state = source.state()
     last = highest if state is None else max(highest, state[0])
     known = last

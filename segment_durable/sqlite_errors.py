@@ -26,6 +26,8 @@ _CODES = {
 _UNUSABLE = (
     *("malformed database schema", "unsupported file format", "Could not decode to UTF-8", "no such table"),
     *("no such column", "table event already exists", "attached databases must use the same text encoding"),
+    # We write nothing that these refuse: a value that was read is not what it was.
+    *("NOT NULL constraint failed", "UNIQUE constraint failed", "CHECK constraint failed", "datatype mismatch"),
 )
 
 

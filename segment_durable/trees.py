@@ -156,7 +156,7 @@ class Trees:
 
 
 def _record(payload: bytes) -> list[Any]:
-    """The columns of a row."""
+    """The columns of a row; a text that is not UTF-8 as its bytes."""
     header, at = _varint(payload, 0)
     values: list[Any] = []
     content = header
@@ -170,7 +170,7 @@ def _record(payload: bytes) -> list[Any]:
         if content > len(payload):
             raise Broken
         if kind >= 12:
-            values.append(field.decode("utf-8", "replace") if kind % 2 else field)
+            values.append(_text(field) if kind % 2 else field)
         elif kind == 7:
             values.append(struct.unpack(">d", field)[0])
         elif kind >= 8:
@@ -178,6 +178,13 @@ def _record(payload: bytes) -> list[Any]:
         else:
             values.append(int.from_bytes(field, "big", signed=True) if kind else None)
     return values
+
+
+def _text(field: bytes) -> str | bytes:
+    try:
+        return field.decode()
+    except UnicodeDecodeError:
+        return field
 
 
 def _page_number(page: bytes, at: int) -> int:

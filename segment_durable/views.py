@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable
+from types import NoneType
 from typing import Any
 
 from segment_durable.clock import Clock
 from segment_durable.records import Backoff, OutboxStats
+from segment_durable.soundness import TOTALS_KINDS, Kinds, all_sound, sound
 
-__all__ = ["LEASES", "REBOOT_CAP", "TOTALS", "read_backoff", "read_stats"]
+__all__ = ["REBOOT_CAP", "TOTALS", "read_backoff", "read_leases", "read_stats"]
 
 REBOOT_CAP = 300.0  # seconds that a wait from before a reboot may have left
+_LONGEST_WAIT = 86_400.0  # seconds; one that seems longer was stored before the machine was put back to a snapshot
 
 # Columns are named, not "*": a later schema may add some.
-LEASES = """
+_LEASES = """
 SELECT first_id, last_id, token, attempt, holder, pid, boot_id, leased_at, deadline FROM lease ORDER BY first_id
 """
+_LEASE_KINDS: Kinds = (int, int, bytes, int, int, int, str, float, float)
 
 _BACKOFF = """
 SELECT boot_id, not_before, not_before_wall, told, failures,
        first_failure, first_throttle, reported, last_error, last_error_at
 FROM backoff
 """
+_BACKOFF_KINDS: Kinds = (
+    *(str, float, float, int, int),
+    *((float, NoneType), (float, NoneType), int, str, int),
+)
 
 TOTALS = """
 SELECT max(last_id, ifnull((SELECT max(id) FROM event), 0)), (SELECT min(id) FROM event),
@@ -31,13 +39,22 @@ FROM state
 """
 
 
+# What is read here raises what SQLite does of a damaged database, if a value is none that was ever stored.
+
+
+def read_leases(connection: sqlite3.Connection) -> list[Any]:
+    """first_id, last_id, token, attempt, holder, pid, boot_id, leased_at, deadline of each, in order."""
+    return list(all_sound(connection.execute(_LEASES), _LEASE_KINDS))
+
+
 def read_backoff(connection: sqlite3.Connection, clock: Clock) -> Backoff:
     """The shared backoff, its times on the boot clock of now even if the machine was restarted since."""
-    row = connection.execute(_BACKOFF).fetchone()
+    row = sound(connection.execute(_BACKOFF).fetchone(), _BACKOFF_KINDS)
     boot_id, not_before, not_before_wall, told, failures = row[:5]
     first_failure, first_throttle, reported, last_error, last_error_at = row[5:]
     now = clock.boot()
-    restarted = not_before > 0 and (boot_id != clock.boot_id() or (not boot_id and not_before - now > REBOOT_CAP))
+    longest = _LONGEST_WAIT if boot_id else REBOOT_CAP
+    restarted = not_before > 0 and (boot_id != clock.boot_id() or not_before - now > longest)
     if restarted:
         not_before = now + min(max(0.0, not_before_wall - clock.time()), REBOOT_CAP)
         first_failure = None if first_failure is None else now
@@ -52,16 +69,19 @@ def read_stats(
     connection: sqlite3.Connection, clock: Clock, size_on_disk: int, is_dead: Callable[[Any, float], bool]
 ) -> OutboxStats:
     """Statistics from one open transaction; `is_dead` tells which leases don't count."""
-    last, first, delivered, buried, erased, expired, requeued, dead_erased = connection.execute(TOTALS).fetchone()
+    last, first, delivered, buried, erased, expired, requeued, dead_erased = sound(
+        connection.execute(TOTALS).fetchone(), TOTALS_KINDS
+    )
     now = clock.boot()
     leased = 0
-    for lease in connection.execute(LEASES).fetchall():
+    for lease in read_leases(connection):
         if not is_dead(lease, now):
             span = (lease[0], lease[1])
             leased += connection.execute("SELECT count(*) FROM event WHERE id BETWEEN ? AND ?", span).fetchone()[0]
     oldest = None
     if first is not None:
-        (appended_at,) = connection.execute("SELECT appended_at FROM event WHERE id = ?", (first,)).fetchone()
+        found = connection.execute("SELECT appended_at FROM event WHERE id = ?", (first,)).fetchone()
+        (appended_at,) = sound(found, (int,))
         oldest = max(0.0, clock.time() - appended_at / 1000)
     backoff = read_backoff(connection, clock)
     return OutboxStats(

@@ -274,6 +274,75 @@ def test_verify_finds_damage(folder: Path, run: Run) -> None:
     assert report["passed"] is False
 
 
+def test_status_lists_the_damaged_sets_that_are_kept(folder: Path, run: Run) -> None:
+    box = Outbox(folder, SystemClock())
+    fill(box, 3)
+    box.bury(take(box, 1), 1, status=400, code="bad", answer="", max_dead=10)
+    close(box)
+    damaged = (folder / "outbox.db").read_bytes()
+    (folder / "outbox.db").write_bytes(bytes(16) + damaged[16:])
+    close(Outbox(folder, SystemClock()))
+    unknown = "outbox.db.damaged-20240229T130501Z-1"  # of which the database does not tell
+    (folder / unknown).write_bytes(bytes(2000))
+    (folder / f"{unknown}-wal").write_bytes(bytes(1000))
+    before = trace(folder)
+    code, out, err = run("status", folder)
+    assert (code, err) == (0, "")
+    first, second, hint = (line for line in out.splitlines() if line.startswith(("damaged", "  ")))
+    assert first == (
+        f"damaged       {unknown}, 2.9 KiB, set aside 2024-02-29T13:05:01.000+00:00: unknown what was salvaged and lost"
+    )
+    name = next(each for each in before if "damaged" in each and each != unknown and not each.endswith("-wal"))
+    assert second.startswith(f"damaged       {name}, {bytes_text(len(damaged))}, set aside 20")
+    assert second.endswith(": 2 events and 1 dead letters salvaged, 0 lost")
+    assert "never read or changed again" in hint
+    assert "delete by hand" in hint
+    found = json.loads(run("status", "--json", folder)[1])["damaged"]
+    assert found[0] == {
+        "name": unknown,
+        "set_aside_at": "2024-02-29T13:05:01.000+00:00",
+        "bytes": 3000,
+        **dict.fromkeys(("events", "dead", "lost")),
+    }
+    assert (found[1]["name"], found[1]["bytes"]) == (name, len(damaged))
+    assert (found[1]["events"], found[1]["dead"], found[1]["lost"]) == (2, 1, 0)
+    assert trace(folder) == before
+    for each in folder.glob("*damaged*"):
+        each.unlink()
+    assert "\ndamaged " not in run("status", folder)[1]
+    assert json.loads(run("status", "--json", folder)[1])["damaged"] == []
+
+
+def test_a_damaged_set_of_which_the_loss_is_not_known(folder: Path, run: Run) -> None:
+    box = Outbox(folder, SystemClock())
+    fact = "damaged:outbox.db.damaged-20240229T130501Z-1"
+    with box.db.write() as connection:
+        connection.execute("INSERT INTO meta VALUES (?, ?)", (fact, '{"events": 5, "dead": 0, "lost": null}'))
+        # What is damaged in there itself is passed over.
+        connection.execute("INSERT INTO meta VALUES ('damaged:' || CAST(x'ff' AS TEXT), '{}')")
+        connection.execute("INSERT INTO meta VALUES ('damaged:outbox.db.damaged-20240229T130501Z-2', x'ff')")
+    (folder / fact.partition(":")[2]).write_bytes(b"")
+    close(box)
+    out = run("status", folder)[1]
+    assert out.count("damaged-") == 1
+    assert "0 bytes, set aside 2024-02-29T13:05:01" in out
+    assert ": 5 events and 0 dead letters salvaged, unknown how many lost\n" in out
+    close(Outbox(folder, SystemClock()))
+
+
+@pytest.mark.parametrize(
+    ("table", "column"), [("event", "appended_at"), ("state", "delivered"), ("lease", "deadline"), ("backoff", "told")]
+)
+def test_a_value_of_a_wrong_type_is_said_to_be_damage(
+    mixed: Outbox, folder: Path, run: Run, table: str, column: str
+) -> None:
+    with mixed.db.write() as connection:
+        connection.execute(f"UPDATE {table} SET {column} = 'zzz'")
+    for argv in (["status", folder], ["list", folder], ["show", folder, "3"]):
+        if argv[0] == "status" or table in ("event", "lease"):
+            fails(run(*argv), "is damaged or not an outbox")
+
+
 # -- list
 
 

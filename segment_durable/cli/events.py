@@ -7,11 +7,14 @@ import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
+from types import NoneType
 from typing import Any
 
 from segment_durable.cli.reading import Reader
 from segment_durable.clock import Clock
-from segment_durable.views import LEASES, TOTALS
+from segment_durable.soundness import is_sound, malformed
+from segment_durable.views import TOTALS
+from segment_durable.views import read_leases as read_rows
 
 __all__ = ["STATES", "Event", "LeaseSeen", "find_id", "find_message", "read_leases", "scan"]
 
@@ -86,8 +89,7 @@ class Event:
 
 
 def read_leases(connection: sqlite3.Connection, clock: Clock) -> list[LeaseSeen]:
-    rows = connection.execute(LEASES).fetchall()
-    return [LeaseSeen.of(row, clock.boot(), clock.boot_id()) for row in rows]
+    return [LeaseSeen.of(row, clock.boot(), clock.boot_id()) for row in read_rows(connection)]
 
 
 def scan(reader: Reader, clock: Clock, state: str, first: int = 0) -> Iterator[Event]:
@@ -124,6 +126,8 @@ def _read(connection: sqlite3.Connection, clock: Clock, state: str, first: int, 
     living = [lease for lease in read_leases(connection, clock) if not lease.is_dead]
     events = []
     for row in connection.execute(f"{_SELECT[state]} ORDER BY id LIMIT {_CHUNK}", {"first": first, "last": last}):
+        if not is_sound(row[1:2], (int,)) or not isinstance(row[4], (int, NoneType)):
+            raise malformed()
         if row[4] is not None:
             now = "dead"
         else:

@@ -10,11 +10,12 @@ from itertools import islice
 from typing import Any
 
 from segment_durable.cli.arguments import add_outbox_options, locate, whole_number
+from segment_durable.cli.damaged import damaged_lines, damaged_report, read_damaged
 from segment_durable.cli.events import STATES, Event, LeaseSeen, find_id, find_message, read_leases, scan
 from segment_durable.cli.format import age, bytes_text, harmless, json_line, json_pages, moment, say
 from segment_durable.cli.reading import Reader
 from segment_durable.clock import Clock
-from segment_durable.records import OutboxStats
+from segment_durable.records import DamagedSet, OutboxStats
 from segment_durable.views import read_stats
 
 __all__ = ["add_commands", "list_events", "show", "status"]
@@ -51,17 +52,21 @@ def status(args: argparse.Namespace, clock: Clock) -> int:
     """Exit code 0, or 1 if the books don't balance or the verification fails."""
     reader = Reader(locate(args))
 
-    def look(connection: sqlite3.Connection) -> tuple[OutboxStats, list[LeaseSeen], bool, list[int | None]]:
+    def look(
+        connection: sqlite3.Connection,
+    ) -> tuple[OutboxStats, list[LeaseSeen], list[DamagedSet], bool, list[int | None]]:
         def is_dead(row: Any, now: float) -> bool:
             return LeaseSeen.of(row, now, clock.boot_id()).is_dead
 
         stats = read_stats(connection, clock, reader.size_on_disk(), is_dead)
         counts = [_count(connection, table) for table in ("event", "dead")] if args.verify else []
-        return stats, read_leases(connection, clock), _is_balanced(connection, stats), counts
+        damaged = read_damaged(connection, reader.folder)
+        return stats, read_leases(connection, clock), damaged, _is_balanced(connection, stats), counts
 
-    stats, leases, balanced, counts = reader.view(look)
+    stats, leases, damaged, balanced, counts = reader.view(look)
     report: dict[str, Any] = {"outbox": str(reader.folder), **asdict(stats)}
     report["leases"] = [{**asdict(lease), "dead": lease.is_dead} for lease in leases]
+    report["damaged"] = damaged_report(damaged)
     report["balanced"] = balanced
     good = balanced
     if args.verify:
@@ -73,7 +78,7 @@ def status(args: argparse.Namespace, clock: Clock) -> int:
     if args.json:
         say(json_line(report))
     else:
-        for name, text in _status_lines(report, leases):
+        for name, text in _status_lines(report, leases, damaged):
             say(harmless(f"{name:<14}{text}"))
     return 0 if good else 1
 
@@ -150,7 +155,7 @@ def _find_damages(connection: sqlite3.Connection) -> list[str]:
     return [] if found == ["ok"] else found
 
 
-def _status_lines(report: dict[str, Any], leases: list[LeaseSeen]) -> list[tuple[str, str]]:
+def _status_lines(report: dict[str, Any], leases: list[LeaseSeen], damaged: list[DamagedSet]) -> list[tuple[str, str]]:
     wait = report["next_attempt_seconds"]
     error = report["last_error"]
     lines = [
@@ -164,6 +169,7 @@ def _status_lines(report: dict[str, Any], leases: list[LeaseSeen]) -> list[tuple
         ("next attempt", f"in {age(wait)}" if wait > 0 else "at any time"),
         ("last error", f"{error} ({age(report['last_error_age_seconds'])} ago)" if error else "none"),
         *(("lease", _lease_text(lease)) for lease in leases),
+        *damaged_lines(damaged),
         (
             "books",
             "accepted {accepted} = delivered {delivered} + dead {dead} + erased {erased} + expired {expired} "
