@@ -144,6 +144,7 @@ class Outbox:
         """
         if self.db.read_one("SELECT min(id) FROM event")[0] is None:
             return NotNow("empty", None)  # found out without waiting for the writers
+        self.db.space.check_delivery()
         with self.db.write() as connection:
             now = self._clock.boot()
             before = current_backoff(connection, self._clock)

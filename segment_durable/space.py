@@ -8,7 +8,7 @@ import time
 
 from segment_durable.admission import Admission
 from segment_durable.connections import SPARE_PAGES, Connections
-from segment_durable.database_file import PAGE_SIZE, file_size
+from segment_durable.database_file import PAGE_SIZE, file_size, roll_back
 from segment_durable.errors import OutboxError, StorageError
 from segment_durable.reserve import Reserve
 from segment_durable.sqlite_errors import SQLITE_PROBLEMS, is_damage, is_full, storage_error
@@ -17,7 +17,10 @@ from segment_durable.wal import Wal, held_by_reader
 __all__ = ["LOOK_SECONDS", "Space"]
 
 LOOK_SECONDS = 0.25  # between two attempts to get out of trouble
-_GIVE_BACK_PAGES = 256
+# What one transaction that gives space back may take, for writers wait for it.  A free page at the file's end takes
+# microseconds, but if it is in use and many others are free SQLite looks through the list of these for one further
+# down, which takes up to a millisecond; and nobody knows beforehand where the one kind ends and the other begins.
+_SHRINK_SECONDS = 0.004
 
 
 class Space:
@@ -37,6 +40,15 @@ class Space:
         trouble = self._admission.trouble
         if trouble is not None:
             raise StorageError(str(trouble), trouble.code)
+
+    def check_delivery(self) -> None:
+        """Raise `StorageError` while a reader keeps the WAL so long that no event may leave.  Before a lease."""
+        if not self._wal.is_too_long_for_delivery():
+            return
+        if time.monotonic() >= self._next_look:
+            self.recover()
+        if self._wal.is_too_long_for_delivery():
+            raise held_by_reader()
 
     def make_room(self, problem: StorageError) -> bool:
         """For a write of the sender's that failed: free the reserve and begin the WAL anew; whether to try again.
@@ -73,7 +85,7 @@ class Space:
             with contextlib.suppress(OutboxError):
                 self._wal.checkpoint(truncate=True)
                 for _ in range(8):  # then others may write
-                    if not self._reserve.is_needed() or not self._shrink(_GIVE_BACK_PAGES):
+                    if not self._reserve.is_needed() or not self._shrink()[0]:
                         break
                     self._wal.checkpoint(truncate=True)
             if self._wal.is_too_long():
@@ -83,12 +95,12 @@ class Space:
                 self._admission.trouble = None
         return self._admission.trouble is None
 
-    def give_back(self, pages: int) -> bool:
-        """Return up to `pages` free pages to the filesystem, in one short transaction; whether there are more."""
-        free = self._shrink(pages)
-        if free:
-            self._wal.wrote(pages * PAGE_SIZE)
-        return free > pages
+    def give_back(self) -> bool:
+        """Return free pages to the filesystem, in one short transaction; whether there are more."""
+        given, left = self._shrink()
+        if given:
+            self._wal.wrote(given * PAGE_SIZE)
+        return left > 0
 
     def size_on_disk(self) -> int:
         """Bytes that the database and its WAL occupy."""
@@ -109,12 +121,23 @@ class Space:
         except SQLITE_PROBLEMS as problem:
             return is_damage(storage_error(problem))
 
-    def _shrink(self, pages: int) -> int:
-        """Give up to `pages` free pages back; how many there were."""
-        with self._connections.writer() as connection, self._connections.translated():
+    def _shrink(self) -> tuple[int, int]:
+        """Give free pages back for a short time: how many were, and how many are left."""
+        connections = self._connections
+        with connections.writer() as connection, connections.translated():
             free: int = connection.execute("PRAGMA freelist_count").fetchone()[0]
-            if free:
-                # Not execute(): the pragma is a statement without columns that has to be stepped once for each page,
-                # and a cursor of Python's steps such a one once only.
-                connection.executescript(f"PRAGMA incremental_vacuum({pages})")
-        return free
+            if not free:
+                return 0, 0
+            end = time.monotonic() + _SHRINK_SECONDS
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                for given in range(1, free + 1):  # noqa: B007
+                    # One page: it is a statement to be stepped once for each, and Python steps it once only.
+                    connection.execute("PRAGMA incremental_vacuum(1)")
+                    if time.monotonic() >= end:
+                        break
+                connection.execute("COMMIT")
+            except BaseException:
+                roll_back(connection)
+                raise
+        return given, free - given

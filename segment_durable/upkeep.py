@@ -22,11 +22,7 @@ log = logging.getLogger("segment.durable.upkeep")
 
 SYNC_SECONDS = 0.25  # from a commit to its sync; with the sync itself well below half a second
 _QUIET_SECONDS = 1.0  # without a write, after which all space is given back
-# What one transaction that gives space back may take, for writers wait for it.  A free page at the file's end takes
-# microseconds, a page in use milliseconds if many are free: SQLite looks through the list of them for one further down.
-_TIDY_SECONDS = 0.004
-_TIDY_PAGES = 4096  # and at most
-_TIDY_REST = 0.002  # seconds between two, in which writers come
+_TIDY_REST = 0.002  # seconds between two transactions that give space back, in which writers come
 _TIDY_BYTES = 4 << 20  # files below this are left as they are
 
 
@@ -116,13 +112,9 @@ class Upkeep:
         try:
             if not is_quiet and not self._database.is_mostly_free():
                 return
-            pages, began = 64, self._clock.boot()
-            while self._database.space.give_back(pages):
-                took = self._clock.boot() - began
-                pages = next_step(pages, took)
+            while self._database.space.give_back():
                 if self._clock.wait(self._ending, _TIDY_REST) or self._due.is_set():
                     return
-                began = self._clock.boot()
             if self._wal.size() > self._database.reserve.size:
                 self._wal.checkpoint(truncate=True)
         except OutboxError as problem:
@@ -132,12 +124,6 @@ class Upkeep:
         times = self._trouble.tick()
         if times:
             log.error("the outbox's files can't be kept in order (%d times): %s", times, problem)
-
-
-def next_step(pages: int, took: float) -> int:
-    """How many pages to give back after a step of `pages` that took so many seconds."""
-    wanted = 2 * pages if took < _TIDY_SECONDS / 2 else int(pages * _TIDY_SECONDS / took)
-    return max(1, min(wanted, _TIDY_PAGES))
 
 
 def _nothing() -> None:

@@ -26,6 +26,9 @@ __all__ = ["Wal", "held_by_reader"]
 
 # Where nobody makes the due checkpoints (no thread could be started), writers make them themselves after this.
 OVERDUE_BYTES = WAL_LIMIT_BYTES // 2
+# A reader that never ends may keep the WAL from being moved.  What loses nothing by it stops first: delivery, which
+# writes into the WAL that events have left.
+DELIVERY_LIMIT_BYTES = WAL_LIMIT_BYTES // 4 * 3
 # How large the WAL really is, by the bytes of all processes, is looked up after so many of our own.
 LOOK_BYTES = 512 << 10
 _FRAME_HEADER_BYTES = 24
@@ -80,6 +83,9 @@ class Wal:
     def is_too_long(self) -> bool:
         """Whether it has so much that no more events are taken."""
         return self.size() > WAL_LIMIT_BYTES
+
+    def is_too_long_for_delivery(self) -> bool:
+        return self.size() > DELIVERY_LIMIT_BYTES
 
     def sync(self) -> None:
         """Bring all commits so far to the disk.
@@ -163,7 +169,7 @@ class Wal:
 
 def held_by_reader() -> StorageError:
     return StorageError(
-        f"a reader has kept the WAL from being moved into the database, and it has {WAL_LIMIT_BYTES >> 20} MiB: "
+        "a reader has kept the WAL from being moved into the database, and it has become too long: "
         "end the program that has a transaction open on outbox.db",
         "SQLITE_BUSY",
     )

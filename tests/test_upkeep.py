@@ -192,7 +192,7 @@ def test_space_comes_back_after_a_drain(outbox: Outbox, keeper: Upkeep, monkeypa
     while isinstance(lease := outbox.lease(100, 60), Lease):
         outbox.ack(lease, lease.last)
     assert small.wait_for(1)
-    while outbox.db.space.give_back(256):  # what the thread has left, if it was interrupted by the last ack
+    while outbox.db.space.give_back():  # what the thread has left, if it was interrupted by the last ack
         pass
     outbox.db.wal.checkpoint(truncate=True)
     assert outbox.db.space.size_on_disk() < 1_000_000
@@ -232,19 +232,3 @@ def test_stopping_does_not_wait_for_quiet(outbox: Outbox) -> None:
         outbox.put(BODY, 1)
     assert keeper.stop(10)
     assert upkeep._QUIET_SECONDS not in late
-
-
-@pytest.mark.parametrize(("fixed", "each"), [(0.0, 0.000_002), (0.0005, 0.000_1), (0.0, 0.003), (0.01, 0.001)])
-def test_steps_that_give_space_back_grow_and_shrink_with_what_a_page_costs(fixed: float, each: float) -> None:
-    steps, pages = [], 64
-    for _ in range(50):
-        steps.append(pages)
-        pages = upkeep.next_step(pages, fixed + pages * each)
-    settled = steps[20:]
-    assert all(1 <= step <= 4096 for step in steps)
-    assert max(settled) == 1 or max(fixed + step * each for step in settled) < 0.01
-    assert min(settled) == 4096 or min(fixed + step * each for step in settled) > 0.001
-
-
-def test_a_page_that_costs_nothing_measurable_is_no_division_by_zero() -> None:
-    assert upkeep.next_step(64, 0.0) == 128

@@ -87,7 +87,7 @@ class Life:
         self.attempt(outbox.db.wal.checkpoint)
         self.put(outbox, 2, 100)
         self.take(outbox, 4, "ack")
-        self.attempt(outbox.db.space.give_back, 100)
+        self.attempt(outbox.db.space.give_back)
         self.attempt(outbox.db.wal.checkpoint, truncate=True)
         self.take(outbox, 2, "release")
         self.attempt(outbox.requeue)

@@ -250,7 +250,7 @@ class OutboxMachine(RuleBasedStateMachine):
         truncate = data.draw(st.booleans())
         if data.draw(senders) == HERE:
             self.here.db.wal.checkpoint(truncate=truncate)
-            self.here.db.space.give_back(10)
+            self.here.db.space.give_back()
         else:
             self.there.call("db.wal.sync")
             self.there.call("db.wal.checkpoint", truncate=truncate)

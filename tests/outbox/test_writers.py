@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from segment_durable import connections, wal
+from segment_durable import connections, space, wal
 from segment_durable.errors import OutboxBusy, OutboxError, StorageError
 from segment_durable.outbox import Outbox
 from segment_durable.records import Lease
@@ -46,7 +46,7 @@ def test_nobody_writes_while_another_process_has_the_writer_lock(
         lambda: outbox.requeue(),
         lambda: outbox.db.wal.checkpoint(),
         lambda: outbox.db.wal.checkpoint(truncate=True),
-        lambda: outbox.db.space.give_back(1),
+        outbox.db.space.give_back,
     ):
         with pytest.raises(OutboxBusy):
             write()
@@ -325,7 +325,12 @@ def test_where_nobody_makes_checkpoints_the_wal_has_a_bound_all_the_same(
     assert outbox.db.wal.size() < 3 * MIB
 
 
-def test_space_comes_back_in_small_steps(outbox: Outbox) -> None:
+@pytest.mark.parametrize("seconds", [0.0, 3600.0])
+def test_space_comes_back_in_transactions_that_end_in_time(
+    outbox: Outbox, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    """Each gives at least one page back, and as many as the time allows."""
+    monkeypatch.setattr(space, "_SHRINK_SECONDS", seconds)
     for _ in range(300):
         outbox.put(b"x" * 4_000, 1)
     outbox.db.wal.checkpoint(truncate=True)
@@ -333,10 +338,12 @@ def test_space_comes_back_in_small_steps(outbox: Outbox) -> None:
     lease = outbox.lease(300, 60)
     assert isinstance(lease, Lease)
     outbox.ack(lease, 300)
+    (free,) = outbox.db.read_one("PRAGMA freelist_count")
     steps = 1
-    while outbox.db.space.give_back(100):
+    while outbox.db.space.give_back():
         steps += 1
-    assert 4 <= steps <= 10
+    assert free > 500
+    assert steps == (1 if seconds else free)
     outbox.db.wal.checkpoint(truncate=True)
     assert outbox.db.space.size_on_disk() < full / 20
     assert outbox.put(b"y", 1)
