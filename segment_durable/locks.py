@@ -51,24 +51,30 @@ except ImportError:  # Windows
         os.lseek(fd, byte, os.SEEK_SET)
         msvcrt.locking(fd, msvcrt.LK_UNLCK, 1)  # type: ignore[attr-defined, unused-ignore]
 
+    def _locker(fd: int, byte: int) -> Callable[[], None]:
+        return partial(_lock, fd, byte)
+
+    def _unlocker(fd: int, byte: int) -> Callable[[], None]:
+        return partial(_unlock, fd, byte)
+
 else:
-    _EXCLUSIVE = fcntl.LOCK_EX | fcntl.LOCK_NB
+    # What is called for each put goes straight to the system.
 
-    def _lock(fd: int, byte: int) -> None:
-        try:
-            fcntl.lockf(fd, _EXCLUSIVE, 1, byte)
-        except PermissionError as problem:  # EACCES, which POSIX allows in the place of EAGAIN
-            raise BlockingIOError(errno.EAGAIN, "locked by another process") from problem
+    def _locker(fd: int, byte: int) -> Callable[[], None]:
+        return partial(fcntl.lockf, fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
 
-    def _unlock(fd: int, byte: int) -> None:
-        fcntl.lockf(fd, fcntl.LOCK_UN, 1, byte)
+    def _unlocker(fd: int, byte: int) -> Callable[[], None]:
+        return partial(fcntl.lockf, fd, fcntl.LOCK_UN, 1, byte)
+
+
+_TAKEN = (BlockingIOError, PermissionError)  # by another process; POSIX allows EACCES in the place of EAGAIN
 
 
 def _try_lock(fd: int, byte: int) -> bool:
     """Lock that byte; False if another process has it.  Raises `OSError` for any other reason."""
     try:
-        _lock(fd, byte)
-    except BlockingIOError:
+        _locker(fd, byte)()
+    except _TAKEN:
         return False
     return True
 
@@ -93,9 +99,8 @@ class LockFile:
         self._kept_gate = False  # the thread that has the mutex has the gate, too
         self._depth = 0
         self._has_file = False
-        # Bound once: both are called for each put.
-        self._lock_file = partial(_lock, fd, _WRITER)
-        self._unlock_file = partial(_unlock, fd, _WRITER)
+        self._lock_file = _locker(fd, _WRITER)
+        self._unlock_file = _unlocker(fd, _WRITER)
         # Which database the outbox is, as a number that grows with each that takes a damaged one's place: the length of
         # the file, because looking at that is the cheapest thing that all processes can do before a write.
         self.generation: Callable[[], int] = partial(os.lseek, fd, 0, os.SEEK_END)
@@ -193,7 +198,7 @@ class LockFile:
                     raise OutboxBusy("the outbox has been closed")
                 try:
                     self._lock_file()
-                except BlockingIOError:
+                except _TAKEN:
                     self._wait_for_writer(timeout)
                 self._has_file = True
         except BaseException as problem:
@@ -235,7 +240,7 @@ class LockFile:
             return False
         if not _try_lock(self._fd, slot):
             return True
-        _unlock(self._fd, slot)
+        _unlocker(self._fd, slot)()
         return False
 
     def _wait_for_writer(self, timeout: float) -> None:

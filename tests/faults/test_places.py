@@ -85,10 +85,10 @@ def test_a_filesystem_without_locks(
 ) -> None:
     """An NFS whose lock service is down."""
 
-    def refuse(fd: int, byte: int) -> None:
+    def refuse() -> None:
         raise OSError(37, "No locks available")
 
     with monkeypatch.context() as patch:
-        patch.setattr("segment_durable.locks._lock", refuse)
+        patch.setattr("segment_durable.locks._locker", lambda fd, byte: refuse)
         assert "No locks available" in refusal(make_client, tmp_path / "outbox")
     assert make_client(outbox_dir=tmp_path / "outbox").track("u", "e")[0]
