@@ -17,7 +17,7 @@ from segment_durable.version import VERSION
 __all__ = ["USER_AGENT", "TokenRefused", "TokenSource", "Uploader", "without"]
 
 USER_AGENT = f"segment-durable/{VERSION}"
-GZIP_LEVEL = 3
+GZIP_LEVEL = 1  # 110 us for 100 events, and 14.9% of their size; level 3 takes 160 us for 14.5%, level 6 340 for 13.1%
 _LEAST_SECRET = 8  # characters; what is shorter is a test's, and would be found in many a word
 
 
