@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterator
 
 import pytest
 
 from segment_durable import message
 from segment_durable.message import new_message_id
+
+
+@pytest.fixture(autouse=True)
+def fresh_pool() -> Iterator[None]:
+    yield
+    message._forget_pool()  # it may hold what a test has put in the place of random bytes
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
