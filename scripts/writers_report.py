@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
+import os
+import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,15 +32,39 @@ def main() -> int:
         return play(sys.argv[1], sys.argv[2], sys.argv[3], float(sys.argv[4]))
     parser = argparse.ArgumentParser(prog="scripts/writers", description="Report how writers share an outbox.")
     parser.add_argument("--seconds", type=float, default=10, help="for each of the three parts (10)")
+    parser.add_argument("--rounds", type=int, default=1, help="of which the medians are printed (1)")
+    parser.add_argument("--only", choices=[part.__name__ for part in PARTS], help="one part")
+    parser.add_argument("--sync-ms", type=float, default=0, help="each sync takes so much longer, as on a slower disk")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args()
+    if options.sync_ms:
+        slow_down(options.sync_ms)
     found: dict[str, Any] = {"date": str(date.today()), "machine": machine(), "seconds": options.seconds}
-    for part in (full_speed, with_delivery, groups, big_backlog):
-        if not options.json:
-            print(f"... {part.__doc__}", file=sys.stderr, flush=True)
-        found[part.__name__] = part(options.seconds)
+    found["sync_ms"], found["rounds"] = options.sync_ms, options.rounds
+    for part in PARTS:
+        if options.only not in (None, part.__name__):
+            continue
+        rounds = []
+        for number in range(options.rounds):
+            if not options.json:
+                print(f"... {part.__doc__} ({number + 1}/{options.rounds})", file=sys.stderr, flush=True)
+            rounds.append(part(options.seconds))
+        found[part.__name__] = {name: statistics.median(each[name] for each in rounds) for name in rounds[0]}
     print(json.dumps(found) if options.json else table(found))
     return 0
+
+
+def slow_down(milliseconds: float) -> None:
+    """Of all writers that are started from now on."""
+    folder = tempfile.mkdtemp(prefix="segment-durable-writers-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    library = Path(folder) / "slow_sync.so"
+    source = Path(__file__).with_name("slow_sync.c")
+    try:
+        subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", str(library), str(source), "-ldl"], check=True)
+    except (OSError, subprocess.CalledProcessError) as problem:
+        sys.exit(f"scripts/writers: --sync-ms needs Linux and a C compiler: {problem}")
+    os.environ.update(LD_PRELOAD=str(library), SLOW_SYNC_US=str(round(milliseconds * 1000)))
 
 
 def full_speed(seconds: float) -> dict[str, float]:
@@ -76,9 +104,12 @@ def big_backlog(_: float) -> dict[str, float]:
     """A backlog of 1,000,000 is delivered and its space given back, while a thread tracks 150 events a second."""
     with servers(True) as url:
         (result,) = run(["backlog"], url, 300)
+    delivering, shrinking = sorted(result["waits"]), sorted(result["later_waits"])
     return {
         **{name: result[name] for name in ("delivered_in", "small_in", "mebibytes")},
-        **spread(sorted(result["waits"])),
+        **spread(sorted(delivering + shrinking)),
+        "worst_delivering_ms": delivering[-1] * 1e3,
+        "worst_shrinking_ms": shrinking[-1] * 1e3,
     }
 
 
@@ -161,12 +192,13 @@ def deliver_backlog(folder: str, url: str, seconds: float) -> int:
     started = time.perf_counter()
     client = Client(KEY, url, outbox_dir=folder, max_queue_size=0)
     waits: list[float] = []
+    later_waits: list[float] = []  # after the backlog has left, while space is given back
     delivered_in = 0.0
     while (elapsed := time.perf_counter() - started) < seconds:
         began = time.perf_counter()
         client.track("f4ca124298", "Signed Up", PROPERTIES)
-        waits.append(time.perf_counter() - began)
-        if len(waits) % 15 == 0:
+        (later_waits if delivered_in else waits).append(time.perf_counter() - began)
+        if (len(waits) + len(later_waits)) % 15 == 0:
             stats = client.stats()
             if stats.pending < RATE and not delivered_in:
                 delivered_in = elapsed
@@ -179,7 +211,7 @@ def deliver_backlog(folder: str, url: str, seconds: float) -> int:
         "mebibytes": client.stats().size_on_disk / (1 << 20),
     }
     client.shutdown(30)
-    print(json.dumps({"waits": waits, **found}))
+    print(json.dumps({"waits": waits, "later_waits": later_waits, **found}))
     return 0
 
 
@@ -193,27 +225,31 @@ ROLES: dict[str, tuple[int, float, dict[str, Any]]] = {
 
 
 def table(found: dict[str, Any]) -> str:
-    fast, paced, grouped = found["full_speed"], found["with_delivery"], found["groups"]
-    behind = found["big_backlog"]
+    slower = f", each sync {found['sync_ms']:g} ms longer" if found["sync_ms"] else ""
+    lines = [
+        f"{found['date']}, {found['machine']}; {found['seconds']:g} s each, medians of {found['rounds']}{slower}",
+        "",
+        "| writers | events/s | a call | refused | |",
+        "|---|---|---|---|---|",
+    ]
     columns = "p50 {p50_ms:.2f}, p99 {p99_ms:.2f}, p99.9 {p999_ms:.2f}, worst {worst_ms:.0f} ms"
-    return "\n".join(
-        [
-            f"{found['date']}, {found['machine']}; {found['seconds']:g} s each",
-            "",
-            "| writers | events/s | a call | refused | |",
-            "|---|---|---|---|---|",
-            f"| eight processes at full speed | {fast['events_a_second']:,.0f} | {columns.format(**fast)} | "
-            f"{fast['refused']} | slowest {fast['slowest_to_fastest']:.2f} of the fastest |",
-            f"| eight processes, 150 events/s each, delivered | {paced['events_a_second']:,.0f} | "
-            f"{columns.format(**paced)} | {paced['refused']} | |",
-            f"| FULL, 16 threads | {grouped['sixteen']:,.0f} | | | "
-            f"{grouped['ratio']:.1f} times one thread's {grouped['one_thread']:,.0f} |",
-            f"| one thread, 150 events/s, behind a backlog of 1,000,000 | | {columns.format(**behind)} | "
-            f"| delivered in {behind['delivered_in']:.0f} s, "
-            f"{behind['mebibytes']:.0f} MiB after {behind['small_in']:.0f} s |",
-        ]
-    )
+    for part, line in LINES.items():
+        if part in found:
+            lines.append(line.replace("{a_call}", columns).format(**found[part]))
+    return "\n".join(lines)
 
+
+PARTS = (full_speed, with_delivery, groups, big_backlog)
+LINES = {
+    "full_speed": "| eight processes at full speed | {events_a_second:,.0f} | {a_call} | {refused:.0f} "
+    "| slowest {slowest_to_fastest:.2f} of the fastest |",
+    "with_delivery": "| eight processes, 150 events/s each, delivered | {events_a_second:,.0f} | {a_call} "
+    "| {refused:.0f} | |",
+    "groups": "| FULL, 16 threads | {sixteen:,.0f} | | | {ratio:.1f} times one thread's {one_thread:,.0f} |",
+    "big_backlog": "| one thread, 150 events/s, behind a backlog of 1,000,000 | | {a_call} | | delivered in "
+    "{delivered_in:.0f} s, {mebibytes:.0f} MiB after {small_in:.0f} s; worst {worst_delivering_ms:.0f} ms while it is "
+    "delivered, {worst_shrinking_ms:.0f} ms while space is given back |",
+}
 
 if __name__ == "__main__":
     sys.exit(main())
