@@ -16,6 +16,7 @@ from segment_durable.connections import WRITE_TIMEOUT, Connections
 from segment_durable.damage import Damage
 from segment_durable.database_file import DATABASE_NAME, PAGE_SIZE, make_folder, roll_back, unavailable
 from segment_durable.errors import OutboxBusy, StorageError
+from segment_durable.filesystem import check_filesystem
 from segment_durable.locks import LockFile
 from segment_durable.reserve import Reserve
 from segment_durable.space import Space
@@ -38,6 +39,7 @@ class Database:
         self.folder = folder
         self.path = folder / DATABASE_NAME
         self.full = full  # sync at each commit
+        check_filesystem(self.path)
         make_folder(folder)
         try:
             self.lock = LockFile.open(folder / LOCK_NAME)
