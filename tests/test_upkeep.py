@@ -203,6 +203,32 @@ def test_space_comes_back_after_a_drain(outbox: Outbox, keeper: Upkeep, monkeypa
     assert not any(statement.lstrip().upper().startswith("VACUUM") for statement in statements)
 
 
+@pytest.mark.xfail(
+    reason="the file is cut by a checkpoint only, and no checkpoint is made below 1 MiB of WAL", strict=True
+)
+def test_space_of_a_backlog_of_an_earlier_process_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its events are in the database, and to drain it writes so little that no checkpoint is due for the WAL's sake."""
+    monkeypatch.setattr(upkeep, "_QUIET_SECONDS", 0.01)
+    body = b'"%b"' % (b"x" * 30_000)
+    earlier = Outbox(tmp_path / "outbox", SystemClock())
+    for _ in range(250):
+        earlier.put(body, 1)
+    earlier.close()
+    outbox = Outbox(tmp_path / "outbox", SystemClock())
+    keeper = Upkeep(outbox.db, SystemClock())
+    assert outbox.db.space.size_on_disk() > 7_000_000
+    while isinstance(lease := outbox.lease(100, 60), Lease):
+        outbox.ack(lease, lease.last)
+    end = time.monotonic() + 5
+    pause = threading.Event()
+    while outbox.db.space.size_on_disk() > upkeep._TIDY_BYTES and time.monotonic() < end:
+        pause.wait(0.01)
+    assert keeper.stop(10)
+    size = outbox.db.space.size_on_disk()
+    outbox.close()
+    assert size <= upkeep._TIDY_BYTES
+
+
 def test_space_comes_back_also_where_it_is_never_quiet(
     outbox: Outbox, keeper: Upkeep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
