@@ -95,12 +95,15 @@ class Space:
                 self._admission.trouble = None
         return self._admission.trouble is None
 
-    def give_back(self) -> bool:
-        """Return free pages to the filesystem, in one short transaction; whether there are more."""
+    def give_back(self) -> tuple[int, int]:
+        """Give free pages back in one short transaction: how many were, and how many are left.
+
+        The file is cut by the next checkpoint.
+        """
         given, left = self._shrink()
         if given:
             self._wal.wrote(given * PAGE_SIZE)
-        return left > 0
+        return given, left
 
     def size_on_disk(self) -> int:
         """Bytes that the database and its WAL occupy."""

@@ -112,10 +112,13 @@ class Upkeep:
         try:
             if not is_quiet and not self._database.is_mostly_free():
                 return
-            while self._database.space.give_back():
+            given, left = self._database.space.give_back()
+            is_shorter = given > 0
+            while left:
                 if self._clock.wait(self._ending, _TIDY_REST) or self._due.is_set():
                     return
-            if self._wal.size() > self._database.reserve.size:
+                _, left = self._database.space.give_back()
+            if is_shorter or self._wal.size() > self._database.reserve.size:
                 self._wal.checkpoint(truncate=True)
         except OutboxError as problem:
             self._complain(problem)
