@@ -410,6 +410,11 @@ class Outbox:
         last, _, delivered, buried, erased, expired, *_ = self._totals()
         return int(last - delivered - buried - erased - expired)
 
+    def leases(self) -> int:
+        """How many leases there are, dead ones included."""
+        count: int = self.db.read_one("SELECT count(*) FROM lease")[0]
+        return count
+
     @_after_damage
     def backoff(self) -> Backoff:
         with self.db.read() as connection:

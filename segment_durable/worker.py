@@ -135,19 +135,19 @@ class Worker:
     def _fill(self) -> bool:
         """Wait until the next batch is full, for `upload_interval` at most; False to look again.
 
-        Nothing is waited for while a flush is on.
+        Nothing is waited for while a flush is on, nor while others have what may be leased: they may have died.
         """
         end = None
         while not self.stopping:
             self._arm(_NEVER)  # before the look: what is appended meanwhile is counted twice rather than not at all
             try:
-                pending = self._outbox.pending()
+                pending, leases = self._outbox.pending(), self._outbox.leases()
             except OutboxError:
                 return True  # the step meets the same trouble and reports it
             missing = self._config.upload_size - pending
             now = self._clock.boot()
             end = now + self._config.upload_interval if end is None else end
-            if pending == 0 or missing <= 0 or self._flush_to or now >= end:
+            if pending == 0 or missing <= 0 or self._flush_to or now >= end or leases >= self._config.thread:
                 return True
             self.wake_at = missing
             if self.appended < missing and not self._flush_to and not self.stopping:

@@ -8,12 +8,13 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from segment_durable import Client
-from segment_durable.testing import Receiver
+from segment_durable.testing import Hang, Receiver
 
 WRITER = """
 import json, sys
@@ -110,3 +111,54 @@ def test_three_writers_killed_at_random_lose_nothing(tmp_path: Path, long: bool)
             mine = [int(each.split("-")[1]) for each in arrived if each.startswith(writer.name)]
             assert mine == sorted(mine)
         assert json.loads(receiver.batches[0].body)["writeKey"] == "test-key"
+
+
+HELPER = """
+import sys
+import time
+import segment_durable as analytics
+analytics.write_key, analytics.host, analytics.outbox_dir = "test-key", sys.argv[1], sys.argv[2]
+analytics.upload_interval = float(sys.argv[3])
+print("ready", flush=True)
+for line in sys.stdin:
+    for name in line.split():
+        analytics.track("u", name, message_id=name)
+    print(analytics.flush(), flush=True)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there is no SIGKILL on Windows")
+@pytest.mark.parametrize("upload_interval", [0.5, 60])
+def test_what_a_killed_process_was_sending_is_taken_over_by_an_idle_one_at_its_next_look(
+    tmp_path: Path, upload_interval: float
+) -> None:
+    """Within half a second, and not only when a batch could have become full."""
+    with Receiver() as receiver:
+        command = [sys.executable, "-c", HELPER, receiver.url, str(tmp_path / "outbox"), str(upload_interval)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        processes: list[subprocess.Popen[str]] = [subprocess.Popen(command, **pipes) for _ in range(3)]  # type: ignore[call-overload]
+        try:
+            for number, process in enumerate(processes):
+                assert process.stdin is not None
+                assert process.stdout is not None
+                assert process.stdout.readline() == "ready\n"
+                process.stdin.write(f"warm-{number}\n")
+                process.stdin.flush()
+                assert process.stdout.readline() == "True\n"
+            receiver.script(Hang())
+            holder = processes[0]
+            assert holder.stdin is not None
+            sent = len(receiver.requests)
+            holder.stdin.write("a b c\n")
+            holder.stdin.flush()
+            assert receiver.wait_for(lambda _: len(receiver.requests) > sent, 30)
+            holder.kill()
+            killed = time.monotonic()
+            assert receiver.wait_for(lambda _: len(receiver.unique) == 6, 30)
+            print(f"taken over {time.monotonic() - killed:.2f} s after the kill")
+            assert [event["event"] for event in receiver.unique][3:] == ["a", "b", "c"]
+            receiver.release()
+        finally:
+            for process in processes:
+                process.kill()
+                process.communicate()
