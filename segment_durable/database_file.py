@@ -54,7 +54,7 @@ def connect(path: Path, *, full: bool, is_ours: bool) -> sqlite3.Connection:
     To be called under the writer lock.  `is_ours`: whether there is a sign that a file of which nothing can be read was
     an outbox.  Raises `Damaged`, `OutboxUnavailable`, `NotAnOutbox`, `sqlite3.Error` or `OSError`.
     """
-    outbox_id = None if _create(path) else check_identity(path, is_ours=is_ours)
+    outbox_id = None if _create(path, is_ours=is_ours) else check_identity(path, is_ours=is_ours)
     connection = sqlite3.connect(str(path), timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
     try:
         if outbox_id is not None:
@@ -163,11 +163,12 @@ def make_folder(folder: Path) -> None:
         raise OutboxUnavailable(folder, "is not writable for this user: set outbox_dir to a folder that is")
 
 
-def _create(path: Path) -> bool:
+def _create(path: Path, *, is_ours: bool) -> bool:
     """Make the database if there is none or an empty file; whether it was made.
 
     It is made under another name, and gets its own when it is whole and on the disk: whatever interrupts that leaves
-    nothing that could be taken for another application's database.  Raises `Damaged` if a WAL is there without it.
+    nothing that could be taken for another application's database.  Raises `Damaged` if a WAL is there without it, or if
+    the file is empty and there is a sign that an outbox was in it.
     """
     # Looked at, never opened here: closing a descriptor of a database drops the locks of SQLite's own.
     with contextlib.suppress(FileNotFoundError):
@@ -176,6 +177,8 @@ def _create(path: Path) -> bool:
             raise NotAnOutbox(path, "is not a file")
         if found.st_size:
             return False
+        if is_ours:
+            raise Damaged("it is empty")
     with contextlib.suppress(FileNotFoundError):
         if os.stat(f"{path}-wal").st_size:
             raise Damaged("there is a WAL without a database")
