@@ -167,8 +167,8 @@ def _create(path: Path, *, is_ours: bool) -> bool:
     """Make the database if there is none or an empty file; whether it was made.
 
     It is made under another name, and gets its own when it is whole and on the disk: whatever interrupts that leaves
-    nothing that could be taken for another application's database.  Raises `Damaged` if a WAL is there without it, or if
-    the file is empty and there is a sign that an outbox was in it.
+    nothing that could be taken for another application's database.  Raises `Damaged` if a WAL is there without it, or
+    if the file is empty and there is a sign that an outbox was in it.
     """
     # Looked at, never opened here: closing a descriptor of a database drops the locks of SQLite's own.
     with contextlib.suppress(FileNotFoundError):
