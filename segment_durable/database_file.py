@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from segment_durable.errors import NotAnOutbox, OutboxUnavailable
+from segment_durable.filesystem import mapping_problem
 from segment_durable.identity import APPLICATION_ID, Damaged, check_content, check_identity, check_wal
 from segment_durable.sqlite_errors import SQLITE_PROBLEMS, is_damage, is_unusable, storage_error
 
@@ -46,6 +47,7 @@ CHECKPOINT_BYTES = 4 << 20
 WAL_LIMIT_BYTES = 64 << 20
 READ_CACHE_KIB = 256  # what is read is read once
 BUSY_TIMEOUT = 5.0  # seconds that SQLite waits for a foreign program that doesn't know of our writer lock
+_WITHOUT_WAL = "its filesystem can't do SQLite's WAL mode: set outbox_dir to a folder on a local disk"
 
 
 def connect(path: Path, *, full: bool, is_ours: bool) -> sqlite3.Connection:
@@ -63,9 +65,7 @@ def connect(path: Path, *, full: bool, is_ours: bool) -> sqlite3.Connection:
         check_content(connection)
         mode = connection.execute("PRAGMA journal_mode=WAL").fetchone()[0]
         if mode != "wal":
-            raise OutboxUnavailable(
-                path, "its filesystem can't do SQLite's WAL mode: set outbox_dir to a folder on a local disk"
-            )
+            raise OutboxUnavailable(path, _WITHOUT_WAL)
         connection.execute("PRAGMA wal_autocheckpoint=0")
         connection.execute(f"PRAGMA journal_size_limit={CHECKPOINT_BYTES}")
         connection.execute(f"PRAGMA synchronous={'FULL' if full else 'NORMAL'}")
@@ -260,5 +260,9 @@ def unavailable(path: Path, problem: Exception) -> OutboxUnavailable:
         return OutboxUnavailable(path, f"is damaged, and so is what took its place ({problem}): is the disk failing?")
     if isinstance(problem, sqlite3.Error) and is_damage(storage_error(problem)):
         return NotAnOutbox(path, f"is damaged or not an outbox ({problem}); it was not touched")
+    if isinstance(problem, sqlite3.Error) and storage_error(problem).code == "SQLITE_IOERR":
+        obstacle = mapping_problem(path.parent)
+        if obstacle:
+            return OutboxUnavailable(path, f"no memory can be shared by a file there ({obstacle}), so {_WITHOUT_WAL}")
     reason = problem.strerror if isinstance(problem, OSError) else problem
     return OutboxUnavailable(path, f"{reason}: set outbox_dir to a folder on a local disk that this user may write to")

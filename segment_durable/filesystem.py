@@ -1,18 +1,20 @@
-"""What filesystem a path lies on: several hosts can share a network filesystem, and they can't share SQLite's WAL.
+"""What filesystem an outbox is to lie on, and whether SQLite's WAL mode is possible there.
 
 The processes of an outbox share memory that is mapped from a file, and each tells from the kernel's locks who is alive.
-Both end at the host.  With a second host on the same files the database is damaged, and SQLite notices nothing.
+Both end at the host.  Several hosts can share a network filesystem; with two of them on the same files the database is
+damaged, and SQLite notices nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from pathlib import Path
 
 from segment_durable.errors import OutboxUnavailable
 
-__all__ = ["check_filesystem", "filesystem_type"]
+__all__ = ["check_filesystem", "filesystem_type", "mapping_problem"]
 
 MOUNTS = "/proc/self/mountinfo"
 
@@ -69,6 +71,23 @@ def filesystem_type(path: str, mounts: str) -> str:
         above.remove(found)
         following = [mount for mount in above if mount[1] == found[0]]
     return kind
+
+
+def mapping_problem(folder: Path) -> str:
+    """Why no memory can be shared by a file in `folder`; "" if it can be, or if no file can be made there.
+
+    For after SQLite's "disk I/O error", which has no more to say, and before Python 3.11 no result code either.
+    """
+    import mmap
+    import tempfile
+
+    with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=folder) as file:
+        file.truncate(mmap.PAGESIZE)
+        try:
+            mmap.mmap(file.fileno(), mmap.PAGESIZE).close()
+        except OSError as problem:
+            return problem.strerror or str(problem)
+    return ""
 
 
 def _parse(line: str) -> tuple[str, str, str, str] | None:

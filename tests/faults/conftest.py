@@ -1,8 +1,9 @@
-"""Small disks of one's own, for tests that need root; skipped with the reason where there is none."""
+"""Small disks of one's own, and calls that fail; skipped with the reason where that can't be had."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -44,3 +45,18 @@ def make_disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
     yield make
     for folder in made:
         unmount(folder)
+
+
+@pytest.fixture(scope="session")
+def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """shim.c as a library, to be preloaded."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("the shim is for Linux")
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("needs a C compiler (cc)")
+    library = tmp_path_factory.mktemp("shim") / "shim.so"
+    source = Path(__file__).parent / "shim.c"
+    command = [compiler, "-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-o", library, source, "-ldl"]
+    subprocess.run(command, check=True, timeout=60)
+    return library

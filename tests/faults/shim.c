@@ -1,4 +1,4 @@
-/* Fails the Nth call of a kind on the files below a folder: preloaded by test_injected.py, armed by its driver. */
+/* Fails the Nth call of a kind on the files below a folder: preloaded by the tests that use it, armed by what they run. */
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -6,10 +6,11 @@
 #include <stdatomic.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/types.h>
 #include <unistd.h>
 
-enum { WRITE = 1, SYNC = 2, TRUNCATE = 4, UNLINK = 8, ALLOCATE = 16 };
+enum { WRITE = 1, SYNC = 2, TRUNCATE = 4, UNLINK = 8, ALLOCATE = 16, MAP = 32 };
 
 static char folder[4096];
 static int kinds, error;
@@ -97,6 +98,16 @@ int ftruncate64(int fd, off64_t size)
 int unlink(const char *path)
 {
     return fails_path(UNLINK, path) ? -1 : REAL(unlink)(path);
+}
+
+void *mmap(void *at, size_t size, int access, int flags, int fd, off_t from)
+{
+    return fails(MAP, fd) ? MAP_FAILED : REAL(mmap)(at, size, access, flags, fd, from);
+}
+
+void *mmap64(void *at, size_t size, int access, int flags, int fd, off64_t from)
+{
+    return fails(MAP, fd) ? MAP_FAILED : REAL(mmap64)(at, size, access, flags, fd, from);
 }
 
 int posix_fallocate(int fd, off_t at, off_t size);

@@ -23,19 +23,6 @@ KINDS = {"write": 1, "sync": 2, "truncate": 4, "unlink": 8, "allocate": 16}
 RUNS = 25  # of each form, unless the long form is asked for
 
 
-@pytest.fixture(scope="module")
-def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if not sys.platform.startswith("linux"):
-        pytest.skip("the shim is for Linux")
-    compiler = shutil.which("cc")
-    if compiler is None:
-        pytest.skip("needs a C compiler (cc)")
-    library = tmp_path_factory.mktemp("shim") / "shim.so"
-    command = [compiler, "-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-o", library, HERE / "shim.c", "-ldl"]
-    subprocess.run(command, check=True, timeout=60)
-    return library
-
-
 @pytest.fixture
 def run(shim: Path, tmp_path: Path) -> Iterator[Callable[..., dict[str, Any]]]:
     """Lets a driver's child live with one fault; its journal."""

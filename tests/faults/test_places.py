@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sqlite3
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,6 +81,44 @@ def test_a_filesystem_without_wal(
         assert "WAL" in said
         assert "local disk" in said
     assert make_client(outbox_dir=tmp_path / "outbox").track("u", "e")[0]
+
+
+# Preloaded with the shim: what a client says below a folder in which no file can be mapped, and then where one can.
+UNMAPPABLE = """
+import ctypes, sys
+from pathlib import Path
+from segment_durable import Client
+from segment_durable.errors import OutboxUnavailable
+shim = ctypes.CDLL(sys.argv[1])
+shim.shim_arm.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_long, ctypes.c_long, ctypes.c_int]
+shim.shim_arm(sys.argv[2].encode(), 32, 1, 1 << 60, int(sys.argv[3]))
+try:
+    Client("test-key", outbox_dir=Path(sys.argv[2]))
+except OutboxUnavailable as problem:
+    print(problem)
+shim.shim_arm(sys.argv[2].encode(), 0, 0, 0, 0)
+with Client("test-key", "http://127.0.0.1:9", outbox_dir=Path(sys.argv[2]), deliver=False) as client:
+    print(client.track("u", "e")[0])
+"""
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["not there", "there before"])
+def test_a_filesystem_on_which_the_shared_memory_cannot_be_mapped(
+    shim: Path, make_client: Callable[..., Client], tmp_path: Path, there: bool
+) -> None:
+    """SQLite says "disk I/O error" of it."""
+    if there:
+        with make_client(outbox_dir=tmp_path / "outbox", deliver=False) as client:
+            assert client.track("u", "e")[0]
+    command = [sys.executable, "-W", "error", "-c", UNMAPPABLE, shim, tmp_path / "outbox", str(errno.ENODEV)]
+    environment = {**os.environ, "LD_PRELOAD": str(shim)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
+    assert done.stderr == ""
+    said, accepted = done.stdout.splitlines()
+    assert "its filesystem can't do SQLite's WAL mode: set outbox_dir to a folder on a local disk" in said
+    assert os.strerror(errno.ENODEV) in said
+    assert accepted == "True", "something was left there that is in the way"
+    assert make_client(outbox_dir=tmp_path / "outbox", deliver=False).stats().pending == 1 + there
 
 
 def test_a_filesystem_without_locks(
