@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -16,11 +17,12 @@ from typing import Any
 
 import pytest
 
-from segment_durable import Client
+from segment_durable import Client, space
 from segment_durable.clock import SystemClock
+from segment_durable.database_file import file_size
 from segment_durable.errors import StorageError
 from segment_durable.outbox import Outbox
-from segment_durable.reserve import RESERVE_BYTES
+from segment_durable.reserve import RESERVE_BYTES, Reserve
 from segment_durable.testing import Receiver
 
 DISK = 4 << 20
@@ -35,7 +37,7 @@ def wait_until(condition: Callable[[], object]) -> None:
         pause.wait(0.001)
 
 
-def fill(client: Client, name: str, refusals: int = 20) -> list[str]:
+def fill(client: Client, name: str, refusals: int = 20, after_each: Callable[[], object] = lambda: None) -> list[str]:
     """Track until that many calls were refused; the ids of those that were accepted."""
     accepted: list[str] = []
     number = 0
@@ -47,6 +49,7 @@ def fill(client: Client, name: str, refusals: int = 20) -> list[str]:
             assert message["userId"] == "u"
             refusals -= 1
         number += 1
+        after_each()
     return accepted
 
 
@@ -84,7 +87,11 @@ def test_a_full_disk_of_4_mb_is_delivered_and_then_takes_events_again(
     outbox = make_disk(DISK) / "outbox"
     receiver.stop()
     client = make_full(outbox)
-    accepted = fill(client, "a", 300)
+    assert (outbox / "outbox.reserve").stat().st_size == DISK // 4
+    wal_sizes: list[int] = []
+    accepted = fill(client, "a", 300, lambda: wal_sizes.append(file_size(outbox / "outbox.db-wal")))
+    print(f"{len(accepted)} accepted; the largest WAL: {max(wal_sizes)} bytes")
+    assert max(wal_sizes) < DISK // 4, "a checkpoint may need more than the reserve has"
     assert len(accepted) > 2_000, "the reserve and the WAL leave little of the disk"
     full = [error for error in errors if isinstance(error, StorageError)]
     assert {error.code for error in full} == {"SQLITE_FULL"}
@@ -103,6 +110,13 @@ def test_a_full_disk_of_4_mb_is_delivered_and_then_takes_events_again(
     stats = client.stats()
     assert stats.balanced
     assert stats.accepted == len(receiver.unique), "what was refused is not there"
+
+
+@pytest.mark.parametrize(("disk", "size"), [(1 << 20, 1 << 18), (2 << 20, 1 << 19), (16 << 20, RESERVE_BYTES)])
+def test_the_reserve_is_a_quarter_of_a_small_disk(make_disk: Callable[[int], Path], disk: int, size: int) -> None:
+    with contextlib.closing(Outbox(make_disk(disk) / "outbox", SystemClock())) as outbox:
+        found = (outbox.db.folder / "outbox.reserve").stat()
+        assert outbox.db.reserve.size == size == found.st_size == found.st_blocks * 512
 
 
 def test_another_program_fills_the_disk_with_a_backlog_waiting(
@@ -227,7 +241,10 @@ def test_several_processes_agree_that_the_disk_is_full(
     assert client.stats().balanced
 
 
-def test_puts_never_delete_the_reserve_and_a_missing_one_stops_them(tmp_path: Path) -> None:
+def test_puts_never_delete_the_reserve_and_a_missing_one_stops_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(space, "LOOK_SECONDS", 0.0)
     outbox = Outbox(tmp_path / "outbox", SystemClock())
     reserve = tmp_path / "outbox" / "outbox.reserve"
     found = reserve.stat()
@@ -235,7 +252,33 @@ def test_puts_never_delete_the_reserve_and_a_missing_one_stops_them(tmp_path: Pa
     assert stat.S_IMODE(found.st_mode) == 0o600
     outbox.db.admission.note(StorageError("full", "SQLITE_FULL"))
     assert reserve.exists()
+    assert outbox.put(b"1", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Reserve, "room", lambda self: RESERVE_BYTES)  # another process has freed it, and nothing is left
+        reserve.unlink()
+        accepted = put_until_refused(outbox)
+        assert 0 < accepted < 1_000
+        for _ in range(20):
+            with pytest.raises(StorageError, match="the disk is full"):
+                outbox.put(b"1", 1)
+        assert outbox.pending() == 1 + accepted
+        assert not reserve.exists()
+        reserve.write_bytes(bytes(RESERVE_BYTES))  # as the process does that freed it
+        assert outbox.put(b"1", 1)
+        reserve.unlink()
+        assert put_until_refused(outbox) < 1_000
+    assert outbox.put(b"1", 1), "there is room"
+    assert reserve.stat().st_size == RESERVE_BYTES
     outbox.close()
+
+
+def put_until_refused(outbox: Outbox) -> int:
+    for accepted in range(10_000):
+        try:
+            outbox.put(b'"%b"' % (b"x" * 1_000), 1)
+        except StorageError:
+            return accepted
+    raise AssertionError("a missing reserve stops nothing")
 
 
 LIMITED = """
