@@ -21,21 +21,24 @@ from segment_durable.records import Lease
 MIB = 1 << 20
 BODY = b'"%b"' % (b"x" * 1_000)
 
-# A process that puts without anything beside it: no sender, no upkeep.
+# A process that puts without anything beside it, no sender and no upkeep: so many events of so many bytes, where a
+# checkpoint is overdue after so many bytes, and looked for after so many.  The longest WAL that it has seen.
 PUTTER = """
 import sys
 from pathlib import Path
 from segment_durable import wal
 from segment_durable.clock import SystemClock
 from segment_durable.outbox import Outbox
-from segment_durable.records import Lease
-wal.OVERDUE_BYTES, wal.LOOK_BYTES = 1 << 20, 64 << 10
+events, size, wal.OVERDUE_BYTES, wal.LOOK_BYTES = map(int, sys.argv[2:])
 outbox = Outbox(Path(sys.argv[1]), SystemClock())
+body = b'"%b"' % (b"x" * size)
 print("ready", flush=True)
 sys.stdin.readline()
-for _ in range(400):
-    assert outbox.put(b'"%b"' % (b"x" * 1_000), 1)
-print(outbox.db.wal.size(), flush=True)
+longest = 0
+for _ in range(events):
+    assert outbox.put(body, 1)
+    longest = max(longest, outbox.db.wal.size())
+print(longest, flush=True)
 sys.stdin.readline()
 outbox.close()
 """
@@ -65,23 +68,39 @@ def hear(process: subprocess.Popen[str]) -> str:
     return process.stdout.readline().strip()
 
 
+def test_these_are_the_bounds() -> None:
+    """What the tests below make smaller, and docs/architecture.md tells."""
+    assert (wal.CHECKPOINT_BYTES, wal.OVERDUE_BYTES) == (4 * MIB, 32 * MIB)
+    assert (wal.DELIVERY_LIMIT_BYTES, wal.WAL_LIMIT_BYTES) == (48 * MIB, 64 * MIB)
+
+
+def put_in_eight_processes(folder: Path, *numbers: int) -> int:
+    """Run eight of `PUTTER` at once; the longest WAL that was seen, in bytes."""
+    with contextlib.closing(Outbox(folder, SystemClock())) as outbox:
+        processes = [start(PUTTER, folder, *numbers) for _ in range(8)]
+        try:
+            for process in processes:
+                assert hear(process) == "ready"
+            for process in processes:
+                tell(process)
+            longest = max(int(hear(process)) for process in processes)
+            assert outbox.pending() == 8 * numbers[0]
+        finally:
+            for process in processes:
+                process.communicate("\n", timeout=30)
+    print(f"the longest WAL: {longest} bytes")
+    return longest
+
+
 def test_the_bytes_of_all_processes_count(tmp_path: Path) -> None:
-    """Each of eight writes less than the bound, and all of them three times as much."""
-    outbox = Outbox(tmp_path / "outbox", SystemClock())
-    processes = [start(PUTTER, tmp_path / "outbox") for _ in range(8)]
-    try:
-        for process in processes:
-            assert hear(process) == "ready"
-        for process in processes:
-            tell(process)
-        sizes = [int(hear(process)) for process in processes]
-        assert outbox.pending() == 8 * 400
-        assert max(sizes) < 3 * MIB
-        assert min(sizes) > 0
-    finally:
-        for process in processes:
-            process.communicate("\n", timeout=30)
-        outbox.close()
+    """Each of eight writes about as much as the bound, and all of them many times as much."""
+    assert MIB < put_in_eight_processes(tmp_path / "outbox", 400, 1_000, MIB, 64 << 10) < 3 * MIB
+
+
+def test_the_bytes_of_all_processes_count_with_the_bounds_as_they_are(tmp_path: Path) -> None:
+    """Eight write 200 MiB, and deliver nothing."""
+    longest = put_in_eight_processes(tmp_path / "outbox", 800, 30_000, wal.OVERDUE_BYTES, wal.LOOK_BYTES)
+    assert 32 * MIB < longest < 32 * MIB + 8 * (wal.LOOK_BYTES + 64 * 1024)
 
 
 @pytest.fixture
@@ -99,10 +118,10 @@ def reader(tmp_path: Path) -> Iterator[Callable[[], subprocess.Popen[str]]]:
         process.communicate()
 
 
-def put_until_refused(outbox: Outbox) -> StorageError:
+def put_until_refused(outbox: Outbox, body: bytes = BODY) -> StorageError:
     for _ in range(20_000):
         try:
-            outbox.put(BODY, 1)
+            outbox.put(body, 1)
         except StorageError as problem:
             return problem
     raise AssertionError("nothing bounds the WAL")
@@ -132,6 +151,26 @@ def test_a_reader_that_never_ends_stops_puts(
     assert outbox.db.wal.size() < MIB
     assert outbox.db.reserve.exists()
     outbox.close()
+
+
+def test_a_reader_that_never_ends_stops_all_with_the_bounds_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reader: Callable[[], subprocess.Popen[str]]
+) -> None:
+    monkeypatch.setattr(space, "LOOK_SECONDS", 0.0)
+    with contextlib.closing(Outbox(tmp_path / "outbox", SystemClock())) as outbox:
+        outbox.put(b"1", 1)
+        process = reader()
+        problem = put_until_refused(outbox, b'"%b"' % (b"x" * 30_000))
+        assert "a reader has kept the WAL" in str(problem)
+        size = outbox.db.wal.size()
+        assert 64 * MIB < size < 64 * MIB + wal.LOOK_BYTES + 64 * 1024
+        with pytest.raises(StorageError, match="a reader"):
+            outbox.lease(1, 60)
+        assert outbox.db.wal.size() == size
+        process.communicate("\n", timeout=30)
+        assert outbox.put(BODY, 1)
+        assert isinstance(outbox.lease(1, 60), Lease)
+        assert outbox.db.wal.size() < MIB
 
 
 def deliver_all(outbox: Outbox) -> None:
