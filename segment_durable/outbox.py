@@ -34,6 +34,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from segment_durable.backoff import current_backoff, end_backoff, store_backoff
 from segment_durable.clock import Clock
 from segment_durable.connections import WRITE_TIMEOUT
+from segment_durable.database_file import unavailable
 from segment_durable.db import Database
 from segment_durable.errors import OutboxError, SourceMismatch, StorageError
 from segment_durable.intake import Intake
@@ -113,8 +114,10 @@ class Outbox:
         if write_key is not None:
             try:
                 self._claim(write_key)
-            except BaseException:
+            except BaseException as problem:
                 self.db.connections.close()
+                if isinstance(problem, StorageError):
+                    raise unavailable(folder, problem) from problem
                 raise
 
     def close(self, timeout: float = WRITE_TIMEOUT) -> None:

@@ -1,7 +1,7 @@
-"""Run with the shim preloaded: goes through the life of an outbox in one child after the other, each with its fault.
+"""Run with the shim preloaded: goes through a life in one child after the other, each with its fault.
 
-What is given on the command line as JSON is a list of runs; each has a journal of what was accepted and what was
-acknowledged, beside the folder of its outbox.
+Each line of the input is a run as JSON: the fault, the folder of its outbox, whose life it is, and the name of a file
+for the journal of what was accepted and what has left.  The answer is the child's exit status.
 """
 
 from __future__ import annotations
@@ -15,19 +15,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from segment_durable import space, upkeep  # noqa: F401  (so that the children import nothing)
+from segment_durable import Client, space, upkeep
 from segment_durable.clock import SystemClock
-from segment_durable.errors import OutboxError
+from segment_durable.errors import OutboxError, OutboxUnavailable
 from segment_durable.outbox import Outbox
 from segment_durable.records import Lease
+from segment_durable.testing import Receiver
+
+PATIENCE = 60.0  # seconds
 
 
-class Life:
+class OutboxLife:
     """One outbox from its creation to its end, whatever fails; only `OutboxError` may be raised to its caller."""
 
-    def __init__(self, folder: Path, *, full: bool) -> None:
+    def __init__(self, folder: Path, synchronous: str) -> None:
         self.folder = folder
-        self.full = full
+        self.full = synchronous == "FULL"
         self.outbox: Outbox | None = None
         self.errors: list[str] = []
         self.journal: dict[str, list[str]] = {"accepted": [], "doubtful": [], "left": [], "perhaps_left": []}
@@ -105,9 +108,78 @@ class Life:
         self.close()
 
 
+class ClientLife:
+    """One client with its threads and a receiver; only `OutboxUnavailable` may be raised, and by its making only."""
+
+    def __init__(self, folder: Path, synchronous: str) -> None:
+        self.folder = folder
+        self.synchronous = synchronous
+        self.errors: list[str] = []
+        self.journal: dict[str, list[str]] = {"accepted": [], "refused": [], "arrived": [], "told": []}
+        self.number = 0
+        # So that all that the threads do in their time comes within this life.
+        upkeep.SYNC_SECONDS, upkeep._QUIET_SECONDS, upkeep._TIDY_BYTES = 0.002, 0.01, 0
+
+    def make(self) -> Client:
+        for _ in range(40):
+            try:
+                return Client(
+                    "key",
+                    self.receiver.url,
+                    outbox_dir=self.folder,
+                    synchronous=self.synchronous,
+                    upload_interval=0.01,
+                    upload_size=3,
+                    on_error=lambda error, items: self.journal["told"].append(str(error)),
+                )
+            except OutboxUnavailable as problem:
+                self.errors.append(str(problem))
+        raise AssertionError(f"no client can be made any more: {self.errors[-1]}")
+
+    def track(self, count: int, size: int) -> None:
+        for _ in range(count):
+            name = str(self.number)
+            self.number += 1
+            accepted, _ = self.client.track("u", "e", {"filler": "x" * size}, message_id=name)
+            self.journal["accepted" if accepted else "refused"].append(name)
+
+    def live(self) -> None:
+        self.receiver = Receiver().start()
+        self.client = self.make()
+        self.track(5, 100)
+        self.client.flush(PATIENCE)
+        self.receiver.stop()
+        self.track(4, 9_000)
+        self.client.flush(0.02)  # which is the time for upkeep as well
+        self.receiver.start()
+        self.track(2, 100)
+        self.client.shutdown(PATIENCE)
+        self.track(4, 100)
+        self.client.flush(PATIENCE)
+        self.track(1, 100)
+        self.client.shutdown(PATIENCE)
+        self.client = self.make()
+        self.track(3, 100)
+
+    def go_on(self) -> None:
+        """The fault is over: the same client works again, and all that was accepted arrives."""
+        self.track(2, 100)
+        assert self.journal["accepted"][-1:] == [str(self.number - 1)], f"never again: {self.journal['told'][-1:]}"
+        assert self.client.flush(PATIENCE) is True, f"nothing is delivered any more: {self.journal['told'][-1:]}"
+        arrived = self.journal["arrived"] = [event["messageId"] for event in self.receiver.unique]
+        assert set(self.journal["accepted"]) <= set(arrived), "an acknowledged event is lost"
+        assert self.client.shutdown(PATIENCE) is True
+        assert bool(self.journal["refused"]) <= bool(self.journal["told"]), "nobody was told why a call was refused"
+        assert not self.receiver.errors
+        self.receiver.stop()
+
+
+LIVES = {"outbox": OutboxLife, "client": ClientLife}
+
+
 def run(shim: ctypes.CDLL, order: dict[str, Any]) -> None:
     """In a child of its own: what fails here ends it with the traceback in its journal."""
-    life = Life(Path(order["folder"]), full=order["full"])
+    life = LIVES[order["life"]](Path(order["folder"]), order["synchronous"])
     found: dict[str, Any] = life.journal
     hits = -1
     try:

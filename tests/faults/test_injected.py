@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -20,7 +22,6 @@ from segment_durable.records import Lease
 
 HERE = Path(__file__).parent
 KINDS = {"write": 1, "sync": 2, "truncate": 4, "unlink": 8, "allocate": 16}
-RUNS = 25  # of each form, unless the long form is asked for
 
 
 @pytest.fixture
@@ -79,30 +80,100 @@ def check(folder: Path, journal: dict[str, Any]) -> None:
 @pytest.mark.parametrize("times", [1, 6])
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC], ids=["EIO", "ENOSPC"])
 @pytest.mark.parametrize(
-    ("kind", "full"),
-    [("write", False), ("sync", False), ("sync", True), ("truncate", False), ("unlink", False), ("allocate", False)],
+    ("kind", "synchronous"),
+    [
+        *(("write", "NORMAL"), ("sync", "NORMAL"), ("sync", "FULL")),
+        *(("truncate", "NORMAL"), ("unlink", "NORMAL"), ("allocate", "NORMAL")),
+    ],
 )
 @pytest.mark.timeout(900)
 def test_whichever_call_fails(
-    run: Callable[..., dict[str, Any]], tmp_path: Path, long: bool, kind: str, full: bool, number: int, times: int
+    run: Callable[..., dict[str, Any]],
+    tmp_path: Path,
+    long: bool,
+    kind: str,
+    synchronous: str,
+    number: int,
+    times: int,
 ) -> None:
-    order = {"kinds": KINDS[kind], "times": times, "errno": number, "full": full}
-    count = 0
+    order = {"life": "outbox", "kinds": KINDS[kind], "times": times, "errno": number, "synchronous": synchronous}
     clean = run(nth=1 << 30, **order)
     assert clean["errors"] == []
     shutil.rmtree(tmp_path / "outbox")
-    nth = step = 1
-    while True:
+    for nth in numbers(12 if kind in ("write", "sync") and not long else None):
         journal = run(nth=nth, **order)
-        count += 1
-        try:
+        with naming(kind, nth, journal):
             check(tmp_path / "outbox", journal)
-        except Exception as problem:
-            raise AssertionError(f"{kind} number {nth}: {problem}\n{journal}") from problem
         shutil.rmtree(tmp_path / "outbox")
         if not journal["hits"]:
             break
-        if not long and count >= RUNS:
-            step += 1 + count // 10  # the beginning call by call, then ever more of them at once
+    assert nth > 1, "nothing was hit"
+
+
+@pytest.mark.parametrize(("number", "times"), [(errno.EIO, 1), (errno.ENOSPC, 6)], ids=["EIO once", "ENOSPC six times"])
+@pytest.mark.parametrize(
+    ("kind", "synchronous"),
+    [("write", "NORMAL"), ("sync", "FULL"), ("truncate", "NORMAL"), ("unlink", "NORMAL"), ("allocate", "NORMAL")],
+)
+@pytest.mark.timeout(900)
+def test_whichever_call_below_a_client_fails(
+    run: Callable[..., dict[str, Any]],
+    tmp_path: Path,
+    long: bool,
+    kind: str,
+    synchronous: str,
+    number: int,
+    times: int,
+) -> None:
+    """Its threads make their calls at another time in each run: some numbers are hit twice and some never."""
+    order = {"life": "client", "kinds": KINDS[kind], "times": times, "errno": number, "synchronous": synchronous}
+    clean = run(nth=1 << 30, **order)
+    assert clean["errors"] == clean["refused"] == []
+    shutil.rmtree(tmp_path / "outbox")
+    unhit = refusals = 0
+    for nth in numbers(None if long else 3):
+        journal = run(nth=nth, **order)
+        with naming(kind, nth, journal):
+            assert "crash" not in journal, journal["crash"]
+            check_client(tmp_path / "outbox", journal)
+        shutil.rmtree(tmp_path / "outbox")
+        refusals += len(journal["refused"])
+        unhit = 0 if journal["hits"] else unhit + 1
+        if unhit == 3:
+            break
+    assert nth > 3, "nothing was hit"
+    print(f"{nth} calls, {refusals} refusals")
+    assert refusals or kind not in ("write", "sync"), "no fault came to where a call is refused for it"
+
+
+def numbers(dense: int | None) -> Iterator[int]:
+    """Rising from 1: all, or so many, and then ever more of them at once."""
+    nth = step = 1
+    for count in itertools.count(1):
+        yield nth
+        if dense is not None and count >= dense:
+            step += 1 + count // 10
         nth += step
-    assert count > 1, "nothing was hit"
+
+
+@contextlib.contextmanager
+def naming(kind: str, nth: int, journal: dict[str, Any]) -> Iterator[None]:
+    try:
+        yield
+    except Exception as problem:
+        raise AssertionError(f"{kind} number {nth}: {problem}\n{journal}") from problem
+
+
+def check_client(folder: Path, journal: dict[str, Any]) -> None:
+    accepted, arrived = set(journal["accepted"]), set(journal["arrived"])
+    with contextlib.closing(Outbox(folder, SystemClock(), write_key="key")) as outbox:
+        assert outbox.rows(0, 1 << 60) == [], "all has left"
+        assert outbox.dead_letters() == []
+        stats = outbox.stats()
+        assert stats.balanced
+        # A call that is refused for a sync that failed may have been written.
+        assert len(accepted) <= stats.accepted == len(arrived)
+        assert arrived <= accepted | set(journal["refused"])
+        with outbox.db.read() as connection:
+            assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        assert outbox.db.reserve.exists()
