@@ -154,7 +154,9 @@ class ClientLife:
         self.receiver.start()
         self.track(2, 100)
         self.client.shutdown(PATIENCE)
-        self.track(4, 100)
+        self.client.flush(PATIENCE)  # which opens everything again
+        self.client.shutdown(PATIENCE)
+        self.track(4, 100)  # and so does this
         self.client.flush(PATIENCE)
         self.track(1, 100)
         self.client.shutdown(PATIENCE)
