@@ -230,8 +230,8 @@ class Cut:
 
     def __str__(self) -> str:
         return (
-            f"{len(self.acknowledged)} acknowledged, {len(self.found)} on the disk, {len(self.lost)} lost, the oldest "
-            f"{self.oldest:.3f} s before the cut; {len(self.excused)} excused, acknowledged after its beginning"
+            f"{len(self.acknowledged)} acknowledged, {len(self.found)} on the disk, {len(self.lost)} missing, the"
+            f" oldest {self.oldest:.3f} s before the cut; {len(self.excused)} excused, acknowledged after its beginning"
         )
 
 
@@ -247,6 +247,7 @@ def cut(disk: Disk, processes: Processes) -> Callable[..., Cut]:
         count += 1
         folder = disk.folder / f"outbox-{count}"
         told = {"synchronous": synchronous, "host": host, "pause": pause, "sync_seconds": sync_seconds}
+        seconds = 2.0 + 0.25 * (count * 0.618 % 1)  # not always at the same time since the last sync
         first = len(processes.lines)
         for name in names:
             processes.start(WRITER, folder, f"{name}{count}", json.dumps(told))
@@ -255,7 +256,7 @@ def cut(disk: Disk, processes: Processes) -> Callable[..., Cut]:
             """All write, and there is something older than what may be lost."""
             new = lines[first:]
             times = [float(line.split()[1]) for line in (new[:1] + new[-1:])]
-            return len(new) > 200 and times[-1] - times[0] > 2.0 and len({line[:1] for line in new}) == len(names)
+            return len(new) > 200 and times[-1] - times[0] > seconds and len({line[:1] for line in new}) == len(names)
 
         processes.wait_for(is_enough)
         began = disk.cut()
