@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import logging
 import multiprocessing
 import os
+import signal
 import sqlite3
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
-from functools import partial
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from segment_durable import Client
+from segment_durable import Client, OutboxUnavailable, outbox
+from segment_durable.connections import Connections
 from segment_durable.testing import Receiver
 
 pytestmark = [
@@ -25,6 +31,12 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),
 ]
 MakeClient = Callable[..., Client]
+in_c = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="calls the C library's fork by name")
+
+
+def fork_in_c() -> int:
+    """As uWSGI does without threads: no hook of Python's runs, and nobody else has the interpreter lock meanwhile."""
+    return ctypes.PyDLL(None).fork()
 
 
 def in_child(work: Callable[[], Any], fork: Callable[[], int] = os.fork) -> int:
@@ -35,13 +47,23 @@ def in_child(work: Callable[[], Any], fork: Callable[[], int] = os.fork) -> int:
         try:
             work()
             code = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(code)
     return child
 
 
-def ended_well(child: int) -> bool:
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+def ended_well(child: int, within: float = 30.0) -> bool:
+    """Whether it ended in that many seconds, by the exit code 0; one that hangs is killed."""
+    end = time.monotonic() + within
+    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
+        if time.monotonic() > end:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return False
+        time.sleep(0.005)
+    return os.waitstatus_to_exitcode(ended[1]) == 0
 
 
 def test_both_sides_of_a_fork_go_on(make_client: MakeClient, receiver: Receiver) -> None:
@@ -135,7 +157,7 @@ def test_multiprocessing(make_client: MakeClient, receiver: Receiver, tmp_path: 
     assert receiver.duplicates == 0
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="calls the C library's fork by name")
+@in_c
 def test_a_fork_in_c_keeps_the_wal_that_the_child_writes(make_client: MakeClient, tmp_path: Path) -> None:
     """As uWSGI forks: no hook runs, so the child inherits an open connection with SQLite's idea of its locks.
 
@@ -153,7 +175,7 @@ def test_a_fork_in_c_keeps_the_wal_that_the_child_writes(make_client: MakeClient
         assert os.read(to_child, 1) == b"x"
         assert client.track("child", "2")[0]
 
-    child = in_child(work, ctypes.CDLL(None).fork)
+    child = in_child(work, fork_in_c)
     assert os.read(to_parent, 1) == b"x"
     client.shutdown()  # the parent's is the last connection that the kernel knows of
     code = "import sqlite3, sys; c = sqlite3.connect(sys.argv[1]); c.execute('SELECT count(*) FROM event'); c.close()"
@@ -166,6 +188,120 @@ def test_a_fork_in_c_keeps_the_wal_that_the_child_writes(make_client: MakeClient
     (count,) = connection.execute("SELECT count(*) FROM event").fetchone()
     connection.close()
     assert count == 3
+
+
+# -- a thread at work in the outbox
+
+
+@contextlib.contextmanager
+def a_sender_inside_its_transaction(
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[tuple[threading.Event, threading.Event]]:
+    """The next `ack` is held before its commit: it sets the first event, and goes on when the second one is set."""
+    inside, leave = threading.Event(), threading.Event()
+    real = outbox.end_backoff
+
+    def hold(connection: sqlite3.Connection, clock: Any) -> None:
+        real(connection, clock)
+        if connection.in_transaction and not inside.is_set():
+            inside.set()
+            assert leave.wait(60)
+
+    monkeypatch.setattr(outbox, "end_backoff", hold)
+    try:
+        yield inside, leave
+    finally:
+        leave.set()
+
+
+def is_refused(client: Client, problems: list[Exception], caplog: pytest.LogCaptureFixture) -> None:
+    """In a child that can't use SQLite: three calls at once."""
+    problems.clear()
+    caplog.clear()
+    for number in range(3):
+        accepted, message = client.track("child", str(number))
+        assert not accepted
+        assert message["event"] == str(number)
+    assert [type(problem) for problem in problems] == [OutboxUnavailable]
+    assert "forked" in str(problems[0])
+    assert [record.levelno for record in caplog.records] == [logging.ERROR]
+    assert client.flush(5) is False
+    with pytest.raises(OutboxUnavailable):
+        client.stats()
+    assert client.shutdown(5) is True  # nothing of this process is in the outbox
+
+
+def test_a_fork_waits_until_the_sender_has_left_its_transaction(
+    make_client: MakeClient, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = make_client()
+    real = Connections.suspend
+
+    with a_sender_inside_its_transaction(monkeypatch) as (inside, leave):
+        forking = threading.Event()
+
+        def suspend(self: Connections) -> bool:
+            forking.set()
+            return real(self)
+
+        monkeypatch.setattr(Connections, "suspend", suspend)
+
+        def let_it_go() -> None:
+            assert forking.wait(60)
+            leave.set()
+
+        thread = threading.Thread(target=let_it_go)
+        thread.start()
+        client.track("parent", "before")
+        assert inside.wait(20)
+
+        def work() -> None:
+            assert client.track("child", "e")[0]
+            assert client.shutdown(20) is True
+
+        child = in_child(work)
+        assert client.track("parent", "after")[0]
+        assert ended_well(child)
+        thread.join(20)
+    assert client.flush(20) is True
+    assert sorted(event["event"] for event in receiver.events) == ["after", "before", "e"]
+    assert client.stats().balanced
+
+
+@pytest.mark.parametrize("how", ["os.fork that gave up waiting", pytest.param("fork in C", marks=in_c)])
+def test_a_child_forked_while_the_sender_is_inside_a_transaction_is_refused_and_the_parent_goes_on(
+    make_client: MakeClient,
+    receiver: Receiver,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    how: str,
+) -> None:
+    problems: list[Exception] = []
+    client = make_client(on_error=lambda problem, items: problems.append(problem))
+    other = make_client(outbox_dir=tmp_path / "other")  # another outbox of the process, where nobody is at work
+    monkeypatch.setattr(Connections, "suspend", partialmethod(Connections.suspend, timeout=0.05))
+    with a_sender_inside_its_transaction(monkeypatch) as (inside, leave):
+        client.track("parent", "before")
+        assert inside.wait(20)
+
+        def work() -> None:
+            is_refused(client, problems, caplog)
+            assert other.track("child", "e")[0] is False
+            with pytest.raises(OutboxUnavailable):
+                Client("test-key", outbox_dir=tmp_path / "third")
+            assert ended_well(in_child(lambda: client.track("grandchild", "e")[0] and os._exit(3)))
+
+        assert ended_well(in_child(work, fork_in_c if how == "fork in C" else os.fork))
+        leave.set()
+        assert client.track("parent", "after")[0]
+        assert other.track("parent", "other")[0]
+        assert client.flush(20) is True
+        assert other.flush(20) is True
+    assert sorted(event["event"] for event in receiver.events) == ["after", "before", "other"]
+    assert client.stats().balanced
+    assert problems == []
+    assert ended_well(in_child(lambda: client.track("child", "e")[0] or os._exit(3)))  # a later fork is as any
 
 
 LOCK_ALL = """
