@@ -21,9 +21,9 @@ from typing import Any
 
 import pytest
 
-from segment_durable import Client, OutboxUnavailable, outbox
+from segment_durable import Client, OutboxUnavailable, engine, outbox
 from segment_durable.connections import Connections
-from segment_durable.testing import Receiver
+from segment_durable.testing import Hang, Receiver
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork"),
@@ -45,6 +45,8 @@ def in_child(work: Callable[[], Any], fork: Callable[[], int] = os.fork) -> int:
     if child == 0:
         code = 1
         try:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(60)  # also one that nobody waits for, or that hangs inside SQLite, ends
             work()
             code = 0
         except BaseException:
@@ -302,6 +304,221 @@ def test_a_child_forked_while_the_sender_is_inside_a_transaction_is_refused_and_
     assert client.stats().balanced
     assert problems == []
     assert ended_well(in_child(lambda: client.track("child", "e")[0] or os._exit(3)))  # a later fork is as any
+
+
+@pytest.fixture
+def sqlite_mutex() -> Iterator[Callable[[str], None]]:
+    """`sqlite_mutex("enter")`, `sqlite_mutex("leave")`: one of the mutexes that SQLite has for the whole process."""
+    library = ctypes.CDLL(None)
+    maps = Path("/proc/self/maps")
+    loaded = (
+        [line.split()[-1] for line in maps.read_text().splitlines() if "libsqlite3" in line] if maps.exists() else []
+    )
+    if loaded:
+        library = ctypes.CDLL(loaded[0])
+    if not hasattr(library, "sqlite3_mutex_alloc"):
+        pytest.skip("Python's SQLite can't be called from here")
+    library.sqlite3_mutex_alloc.restype = ctypes.c_void_p
+    mutexes = [ctypes.c_void_p(library.sqlite3_mutex_alloc(number)) for number in (2, 11)]  # main; the files
+
+    def call(how: str) -> None:
+        for mutex in mutexes:
+            getattr(library, f"sqlite3_mutex_{how}")(mutex)
+
+    return call
+
+
+CAN_LOCK_WRITER = """
+import fcntl, sys
+with open(sys.argv[1], "r+b") as file:
+    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 0)
+"""
+
+
+@in_c
+def test_a_child_that_can_not_use_sqlite_neither_hangs_nor_keeps_the_writer_lock(
+    make_client: MakeClient,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    sqlite_mutex: Callable[[str], None],
+) -> None:
+    """The thread that is inside SQLite at the fork has SQLite's own mutexes, which nobody can free in the child."""
+    problems: list[Exception] = []
+    client = make_client(deliver=False, on_error=lambda problem, items: problems.append(problem))
+    client.track("parent", "before")
+    inside, leave = threading.Event(), threading.Event()
+
+    def stay() -> None:
+        assert client._engine is not None
+        with client._engine.outbox.db.read():
+            sqlite_mutex("enter")
+            inside.set()
+            leave.wait(60)
+            sqlite_mutex("leave")
+
+    thread = threading.Thread(target=stay)
+    thread.start()
+    assert inside.wait(20)
+    to_child, from_parent = os.pipe()
+    to_parent, from_child = os.pipe()
+
+    def work() -> None:
+        is_refused(client, problems, caplog)
+        os.write(from_child, b"x")
+        assert os.read(to_child, 1) == b"x"
+
+    child = in_child(work, fork_in_c)
+    os.close(from_child)
+    leave.set()
+    thread.join(20)
+    answer = os.read(to_parent, 1)
+    subprocess.run([sys.executable, "-c", CAN_LOCK_WRITER, str(tmp_path / "outbox" / "outbox.lock")], check=True)
+    os.write(from_parent, b"x")
+    assert ended_well(child)
+    assert answer == b"x"
+    for fd in (to_child, from_parent, to_parent):
+        os.close(fd)
+    assert client.track("parent", "after")[0]
+
+
+@in_c
+def test_a_child_of_a_fork_in_c_refuses_once_all_others_have_closed_the_database(
+    make_client: MakeClient, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """SQLite has the deleted shared memory in its mind there: others would not see what the child commits."""
+    problems: list[Exception] = []
+    client = make_client(deliver=False, on_error=lambda problem, items: problems.append(problem))
+    client.track("parent", "before")
+    to_child, from_parent = os.pipe()
+
+    def work() -> None:
+        assert os.read(to_child, 1) == b"x"
+        is_refused(client, problems, caplog)
+
+    child = in_child(work, fork_in_c)
+    client.shutdown()
+    assert not (tmp_path / "outbox" / "outbox.db-shm").exists()
+    assert client.track("parent", "after")[0]
+    os.write(from_parent, b"x")
+    assert ended_well(child)
+    for fd in (to_child, from_parent):
+        os.close(fd)
+    assert client.stats().pending == 2
+
+
+@in_c
+@pytest.mark.parametrize("again", [os.fork, fork_in_c], ids=["by os.fork", "in C"])
+@pytest.mark.parametrize("used", [True, False], ids=["used", "unused"])
+def test_a_fork_of_a_fork_in_c_keeps_the_wal_that_it_writes(
+    make_client: MakeClient, tmp_path: Path, again: Callable[[], int], used: bool
+) -> None:
+    """A connection of the grandparent is still in the memory of the grandchild, and none of the locks."""
+    client = make_client(deliver=False)
+    client.track("parent", "before")
+    to_child, from_parent = os.pipe()
+    to_parent, from_child = os.pipe()
+
+    def work() -> None:
+        assert client.track("grandchild", "1")[0]
+        os.write(from_child, b"x")
+        assert os.read(to_child, 1) == b"x"
+        assert client.track("grandchild", "2")[0]
+
+    def fork_again() -> None:
+        if used:
+            assert client.track("child", "e")[0]
+        in_child(work, again)
+
+    assert ended_well(in_child(fork_again, fork_in_c))  # and none of the child's locks is left
+    os.close(from_child)
+    assert os.read(to_parent, 1) == b"x"
+    client.shutdown()
+    code = "import sqlite3, sys; c = sqlite3.connect(sys.argv[1]); c.execute('SELECT count(*) FROM event'); c.close()"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "outbox" / "outbox.db")], check=True)
+    os.write(from_parent, b"x")
+    assert os.read(to_parent, 1) == b""  # it has ended
+    for fd in (to_child, from_parent, to_parent):
+        os.close(fd)
+    assert client.stats().pending == 3 + used
+
+
+@in_c
+def test_threads_of_a_child_that_notice_a_fork_in_c_at_the_same_time_share_one_engine(
+    make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = make_client(deliver=False)
+    client.track("parent", "before")
+
+    def work() -> None:
+        real = engine.abandon_inherited
+        together, calls = threading.Barrier(4), []
+
+        def abandon() -> Any:
+            calls.append(1)
+            time.sleep(0.05)  # the others come meanwhile
+            return real()
+
+        monkeypatch.setattr(engine, "abandon_inherited", abandon)
+
+        def track() -> None:
+            together.wait(20)
+            assert client.track("child", "e")[0]
+
+        threads = [threading.Thread(target=track) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+        assert len(calls) == 1
+        assert len(engine._engines) == 1
+
+    assert ended_well(in_child(work, fork_in_c))
+    assert client.stats().pending == 5
+
+
+@in_c
+def test_a_child_forks_on_although_another_thread_was_making_a_client_at_its_fork_in_c(make_client: MakeClient) -> None:
+    client = make_client()
+    client.track("parent", "e")
+    assert client.flush(20) is True
+    with engine._lock:
+        child = in_child(
+            lambda: ended_well(in_child(lambda: client.track("grandchild", "e"))) or os._exit(3), fork_in_c
+        )
+    assert ended_well(child)
+
+
+def test_a_fork_while_a_sender_that_was_not_waited_for_is_still_at_work(
+    make_client: MakeClient, receiver: Receiver
+) -> None:
+    """shutdown() gave up on it: its connection is open until its request is over, and must not be in the child."""
+    receiver.always(Hang())
+    client = make_client()
+    assert client._engine is not None
+    at_work = client._engine.outbox.db.connections
+    client.track("parent", "e")
+    assert receiver.wait_for(lambda receiver: len(receiver.requests) == 1)
+    assert client.shutdown(0) is False
+    assert at_work._connection is not None
+
+    def work() -> None:
+        assert at_work._connection is None
+        assert client.track("child", "e")[0]
+
+    assert ended_well(in_child(work))
+    receiver.always(None)
+    receiver.release()
+    assert client.flush(20) is True
+    assert {event["userId"] for event in receiver.unique} == {"parent", "child"}
+
+
+def test_join_in_a_child_leaves_the_parents_sender_alone(make_client: MakeClient, receiver: Receiver) -> None:
+    client = make_client()
+    client.track("parent", "e")
+    assert client._engine is not None
+    with client._engine.sender._lock:  # as if another thread were starting the sender
+        assert ended_well(in_child(client.join), within=10)
+    assert client.flush(20) is True
 
 
 LOCK_ALL = """
