@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
+import mmap
 import multiprocessing
 import os
 import signal
@@ -23,6 +24,8 @@ import pytest
 
 from segment_durable import Client, OutboxUnavailable, engine, outbox
 from segment_durable.connections import Connections
+from segment_durable.outbox import Outbox
+from segment_durable.records import Lease, NotNow
 from segment_durable.testing import Hang, Receiver
 
 pytestmark = [
@@ -86,6 +89,53 @@ def test_both_sides_of_a_fork_go_on(make_client: MakeClient, receiver: Receiver)
         mine = [event["event"] for event in receiver.unique if event["userId"] == who]
         assert mine == ["before"] * (who == "parent") + [str(i) for i in range(50)]
     assert client.stats().balanced
+
+
+def test_parent_and_child_share_no_http_connection(
+    make_client: MakeClient, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turn = mmap.mmap(-1, 1)  # shared: who may deliver, "p" or "c"
+    role = b"p"
+    real = Outbox.lease
+
+    def lease(self: Outbox, *args: Any, **named: Any) -> Lease | NotNow:
+        return real(self, *args, **named) if turn[:] == role else NotNow("leased", 0.01)
+
+    monkeypatch.setattr(Outbox, "lease", lease)
+    client = make_client()
+    to_child, from_parent = os.pipe()
+    to_parent, from_child = os.pipe()
+
+    def deliver() -> None:
+        turn[:] = role
+        assert client.track(role.decode(), "e")[0]
+        assert client.flush(20) is True
+
+    def work() -> None:
+        nonlocal role
+        role = b"c"
+        deliver()
+        os.write(from_child, b"x")
+        assert os.read(to_child, 1) == b"x"
+        deliver()
+        assert client.shutdown(20) is True
+
+    deliver()  # so that a connection is open, and kept, when the process is forked
+    child = in_child(work)
+    os.close(from_child)
+    assert os.read(to_parent, 1) == b"x"
+    deliver()
+    os.write(from_parent, b"x")
+    assert ended_well(child)
+    deliver()
+    for fd in (to_child, from_parent, to_parent):
+        os.close(fd)
+    assert [[event["userId"] for event in batch.events] for batch in receiver.batches] == [[who] for who in "pcpcp"]
+    assert receiver.duplicates == 0
+    ports = [batch.client_port for batch in receiver.batches]
+    assert len(set(ports[0::2])) == 1
+    assert len(set(ports[1::2])) == 1
+    assert ports[0] != ports[1]
 
 
 def test_a_child_that_ends_at_once_leaves_its_events_to_the_parent(make_client: MakeClient, receiver: Receiver) -> None:
