@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import logging
 import mmap
 import multiprocessing
@@ -78,7 +79,7 @@ def test_both_sides_of_a_fork_go_on(make_client: MakeClient, receiver: Receiver)
     def work() -> None:
         for i in range(50):
             assert client.track("child", str(i))[0]
-        assert client.flush(20) is True
+        assert client.shutdown(20) is True
 
     child = in_child(work)
     for i in range(50):
@@ -86,8 +87,9 @@ def test_both_sides_of_a_fork_go_on(make_client: MakeClient, receiver: Receiver)
     assert ended_well(child)
     assert client.flush(20) is True
     for who in ("parent", "child"):
-        mine = [event["event"] for event in receiver.unique if event["userId"] == who]
+        mine = [event["event"] for event in receiver.events if event["userId"] == who]
         assert mine == ["before"] * (who == "parent") + [str(i) for i in range(50)]
+    assert receiver.duplicates == 0
     assert client.stats().balanced
 
 
@@ -145,17 +147,26 @@ def test_a_child_that_ends_at_once_leaves_its_events_to_the_parent(make_client: 
     assert receiver.wait_for(2, timeout=20)
 
 
-def test_a_fork_of_a_fork(make_client: MakeClient, receiver: Receiver) -> None:
+@pytest.mark.parametrize("flushed", [True, False], ids=["flushed", "left to others"])
+def test_a_fork_of_a_fork(make_client: MakeClient, receiver: Receiver, flushed: bool) -> None:
     client = make_client()
 
+    def track(who: str) -> None:
+        assert client.track(who, "e")[0]
+        if flushed:
+            assert client.shutdown(20) is True
+
     def child_work() -> None:
-        client.track("child", "e")
-        assert ended_well(in_child(lambda: client.track("grandchild", "e")))
+        grandchild = in_child(lambda: track("grandchild"))
+        track("child")
+        assert ended_well(grandchild)
 
     assert ended_well(in_child(child_work))
     client.track("parent", "e")
     assert client.flush(20) is True
     assert sorted(event["userId"] for event in receiver.unique) == ["child", "grandchild", "parent"]
+    if flushed:
+        assert receiver.duplicates == 0
 
 
 def test_forks_while_threads_are_inside_calls(make_client: MakeClient, receiver: Receiver) -> None:
@@ -186,27 +197,50 @@ def test_forks_while_threads_are_inside_calls(make_client: MakeClient, receiver:
     assert sorted(int(e["event"]) for e in receiver.unique if e["userId"] == "child") == list(range(25))
 
 
-def _tracks(url: str, folder: str, name: str) -> None:
-    with Client("test-key", url, outbox_dir=folder) as client:
-        for i in range(20):
-            assert client.track(name, str(i))[0]
+def _tracks(url: str, folder: str, name: str, inherited: Client | None) -> None:
+    client = Client("test-key", url, outbox_dir=folder) if inherited is None else inherited
+    for i in range(20):
+        assert client.track(name, str(i))[0]
+    assert client.shutdown(20) is True
 
 
-@pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
-def test_multiprocessing(make_client: MakeClient, receiver: Receiver, tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "inherits"),
+    [(method, False) for method in multiprocessing.get_all_start_methods()] + [("fork", True)],
+    ids=lambda value: {True: "inherited", False: "own"}.get(value, value),
+)
+def test_multiprocessing(
+    make_client: MakeClient, receiver: Receiver, tmp_path: Path, method: str, inherits: bool
+) -> None:
     client = make_client()
-    client.track("parent", "e")
     context = multiprocessing.get_context(method)
-    arguments = [(receiver.url, str(tmp_path / "outbox"), f"p{n}") for n in range(3)]
+    arguments = [(receiver.url, str(tmp_path / "outbox"), f"p{n}", client if inherits else None) for n in range(3)]
     processes = [context.Process(target=_tracks, args=each) for each in arguments]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
+    stop, count = threading.Event(), 0
+
+    def track() -> None:
+        nonlocal count
+        while not stop.wait(0.002):
+            assert client.track("parent", str(count))[0]
+            count += 1
+
+    thread = threading.Thread(target=track)
+    thread.start()
+    try:
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(60)
+            assert process.exitcode == 0
+    finally:
+        stop.set()
+        thread.join(20)
     assert client.flush(20) is True
-    assert len(receiver.unique) == 61
+    for name, number in [("p0", 20), ("p1", 20), ("p2", 20), ("parent", count)]:
+        mine = [event["event"] for event in receiver.events if event["userId"] == name]
+        assert mine == [str(i) for i in range(number)]
     assert receiver.duplicates == 0
+    assert client.stats().balanced
 
 
 @in_c
@@ -571,11 +605,31 @@ def test_join_in_a_child_leaves_the_parents_sender_alone(make_client: MakeClient
     assert client.flush(20) is True
 
 
-LOCK_ALL = """
-import fcntl, sys
+LOCKED_BYTES = """
+import fcntl, json, signal, sys
+
+def look(start, length):
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, length, start)
+    except OSError:
+        if length == 1:
+            return [start]
+        return look(start, length // 2) + look(start + length // 2, length - length // 2)
+    fcntl.lockf(file, fcntl.LOCK_UN, length, start)
+    return []
+
 with open(sys.argv[1], "r+b") as file:
-    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # from byte 0 to the end of all numbers
+    signal.alarm(20)
+    fcntl.lockf(file, fcntl.LOCK_EX, 1, 0)  # the writer lock, which may be in use but not be left held
+    print(json.dumps(look(1, 1 << 62)))
 """
+
+
+def locked_bytes(file: Path) -> list[int]:
+    """Those that any process has locked but byte 0, which is locked here once: an error if it can't be in 20 s."""
+    command = [sys.executable, "-c", LOCKED_BYTES, str(file)]
+    found: list[int] = json.loads(subprocess.run(command, check=True, timeout=60, stdout=subprocess.PIPE).stdout)
+    return found
 
 
 @pytest.mark.timeout(300)
@@ -611,12 +665,19 @@ def test_five_hundred_forks_under_load_lose_nothing_and_leave_no_lock(
         for thread in threads:
             thread.join(20)
     assert client.flush(60) is True
-    assert client.stats().balanced
+    folder = tmp_path / "outbox"
+    assert client._engine is not None
+    assert locked_bytes(folder / "outbox.lock") == [client._engine.outbox.db.lock.slot]
+    stats = client.stats()
+    assert stats.balanced
+    assert (stats.pending, stats.leased) == (0, 0)
     assert client.shutdown(20) is True
+    for file in folder.iterdir():
+        assert locked_bytes(file) == [], file
+    assert not (folder / "outbox.db-shm").exists()  # the last to close the database was alone
     for n in range(2):
         mine = [event["event"] for event in receiver.unique if event["userId"] == f"t{n}"]
         assert mine == [str(i) for i in range(counts[n])]
     wanted = {f"{n}{again}" for n in range(500) if n % 3 != 2 for again in ("", " again")}
     arrived = [event["event"] for event in receiver.unique if event["userId"] == "child"]
     assert (len(arrived), set(arrived)) == (len(wanted), wanted)
-    subprocess.run([sys.executable, "-c", LOCK_ALL, str(tmp_path / "outbox" / "outbox.lock")], check=True, timeout=60)
