@@ -159,24 +159,28 @@ def hold_inherited_locks(path: Path, files: Files) -> list[int]:
     import fcntl
 
     held: list[int] = []
-    # In this order: nobody deletes the shared memory once the database is locked.
-    for name, first, length, wanted in (
-        (str(path), 0x40000002, 510, files[0]),
-        (f"{path}-shm", 128, 1, files[1]),
-    ):
-        try:
+    try:
+        # In this order: nobody deletes the shared memory once the database is locked.
+        for name, first, length, wanted in (
+            (str(path), 0x40000002, 510, files[0]),
+            (f"{path}-shm", 128, 1, files[1]),
+        ):
             fd = os.open(name, os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:
+            held.append(fd)
+            found = os.fstat(fd)
+            if (found.st_dev, found.st_ino) != wanted:
+                if len(held) == 1:
+                    return held  # another database has taken its place, of which SQLite remembers nothing
+                raise OSError(errno.ESTALE, "all others have closed it since the fork")
+            fcntl.lockf(fd, fcntl.LOCK_SH | fcntl.LOCK_NB, length, first)
+    except OSError as problem:
+        for fd in held:
+            os.close(fd)
+        if isinstance(problem, FileNotFoundError):
             if not held:
-                return held  # another database will be made, of which SQLite remembers nothing
-            raise
-        found = os.fstat(fd)
-        if (found.st_dev, found.st_ino) != wanted:
-            if not held:
-                return [fd]  # another database has taken its place
-            raise OSError(errno.ESTALE, "all others have closed it since the fork")
-        held.append(fd)
-        fcntl.lockf(fd, fcntl.LOCK_SH | fcntl.LOCK_NB, length, first)
+                return held  # another database will be made
+            raise OSError(errno.ESTALE, "all others have closed it since the fork") from problem
+        raise
     return held
 
 

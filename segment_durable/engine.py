@@ -301,9 +301,10 @@ def _start_anew(*, hooked: bool) -> None:
             _unusable = _unusable or _forked_amid(hooked)
     for path, files in _haunted.items():
         try:
-            _inherited.append(hold_inherited_locks(path, files))
+            if _unusable is None:
+                _inherited.append(hold_inherited_locks(path, files))
         except OSError as problem:
-            _unusable = _unusable or _forked_unlocked(path, problem)
+            _unusable = _forked_unlocked(path, problem)
     _suspended.clear()
     _engines, _lock = {}, PatientLock()
     _pid = os.getpid()  # last: other threads wait for it
@@ -323,7 +324,7 @@ def _forked_amid(hooked: bool) -> str:
 
 def _forked_unlocked(path: Path, problem: OSError) -> str:
     reason = problem.strerror or type(problem).__name__
-    return f"this process was forked while {path} was open, and can't lock it ({reason}); {_REMEDY}"
+    return f"this process was forked while {path} was open, and can't be used with it ({reason}): {_REMEDY}"
 
 
 _REMEDY = "make the client after the fork, or have Python's fork hooks called (uWSGI: py-call-uwsgi-fork-hooks = true)"
