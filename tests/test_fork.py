@@ -97,11 +97,13 @@ def test_parent_and_child_share_no_http_connection(
     make_client: MakeClient, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     turn = mmap.mmap(-1, 1)  # shared: who may deliver, "p" or "c"
+    turning = multiprocessing.get_context("fork").Lock()
     role = b"p"
     real = Outbox.lease
 
     def lease(self: Outbox, *args: Any, **named: Any) -> Lease | NotNow:
-        return real(self, *args, **named) if turn[:] == role else NotNow("leased", 0.01)
+        with turning:
+            return real(self, *args, **named) if turn[:] == role else NotNow("leased", 0.01)
 
     monkeypatch.setattr(Outbox, "lease", lease)
     client = make_client()
@@ -109,7 +111,8 @@ def test_parent_and_child_share_no_http_connection(
     to_parent, from_child = os.pipe()
 
     def deliver() -> None:
-        turn[:] = role
+        with turning:
+            turn[:] = role
         assert client.track(role.decode(), "e")[0]
         assert client.flush(20) is True
 
