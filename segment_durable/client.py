@@ -206,8 +206,9 @@ class Client:
 
     def join(self) -> None:
         """End the sender once the upload that it is at is over; does not flush.  A later call starts it again."""
-        if self._engine is not None:
-            self._engine.sender.stop(2 * self._config.timeout, _nothing)
+        engine = self._engine
+        if engine is not None and engine.pid == getpid():
+            engine.sender.stop(2 * self._config.timeout, _nothing)
 
     def shutdown(self, timeout: float | None = None) -> bool:
         """Flush, end the sender and close the files; True if all that was pending has left the outbox.

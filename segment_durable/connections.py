@@ -10,12 +10,13 @@ import contextlib
 import sqlite3
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
 from segment_durable.admission import Admission, disk_full
 from segment_durable.damage import Damage
-from segment_durable.database_file import PAGE_SIZE, connect, connect_for_reading, unavailable
+from segment_durable.database_file import PAGE_SIZE, Files, connect, connect_for_reading, identify, unavailable
 from segment_durable.errors import OutboxError, StorageError
 from segment_durable.identity import Damaged
 from segment_durable.locks import LockFile
@@ -23,7 +24,7 @@ from segment_durable.quarantine import finish
 from segment_durable.reserve import Reserve
 from segment_durable.sqlite_errors import SQLITE_PROBLEMS, is_damage, storage_error
 
-__all__ = ["SPARE_PAGES", "WRITE_TIMEOUT", "Connections"]
+__all__ = ["SPARE_PAGES", "WRITE_TIMEOUT", "Connections", "abandon_connections", "living_connections"]
 
 WRITE_TIMEOUT = 5.0  # seconds that a write waits for other writers
 SPARE_PAGES = 32  # of the largest file that the process may write: not for puts
@@ -47,6 +48,7 @@ class Connections:
         self._damage = damage
         self._closed = False
         self._connection: sqlite3.Connection | None = None
+        self._files: Files | None = None  # that it is to
         self.generation = -1  # of the lock file, to which the connection for writing belongs
         self._reading: sqlite3.Connection | None = None
         self._reading_generation = -1
@@ -54,6 +56,7 @@ class Connections:
         self._held: list[sqlite3.Connection] = []  # to a damaged database that could not be set aside yet
         # Taken before the lock file's mutex where both are needed; reentrant for the same reason as that one.
         self._reading_mutex = threading.RLock()
+        _living.add(weakref.ref(self, _living.discard))
 
     # -- use
 
@@ -166,13 +169,34 @@ class Connections:
         if not self.lock.mutex.acquire(timeout=max(0.0, end - time.monotonic())):
             self._reading_mutex.release()
             return False
-        self._disconnect(WRITE_TIMEOUT)
+        try:
+            self._disconnect(WRITE_TIMEOUT)
+        except BaseException:
+            self.resume()
+            raise
         return True
 
     def resume(self) -> None:
         """End `suspend()`, in the process that called it; the next call opens the connection again."""
         self.lock.mutex.release()
         self._reading_mutex.release()
+
+    def was_in_use(self) -> bool:
+        """In a child forked without `suspend()`: whether a thread of the parent was at work in here at that moment.
+
+        It holds one of these mutexes for ever in the child, and may do so with SQLite's own.
+        """
+        for mutex in (self._reading_mutex, self.lock.mutex):
+            # Owned by this very thread: the fork was made by a signal handler within a call.
+            if mutex._is_owned() or not mutex.acquire(blocking=False):  # type: ignore[attr-defined]
+                return True
+            mutex.release()
+        return False
+
+    def inherited(self) -> Files | None:
+        """In a child forked without `suspend()`: the files to which a connection of the parent was open."""
+        is_open = self._connection or self._reading or self._spare or self._held
+        return self._files if is_open else None
 
     def close(self, timeout: float = WRITE_TIMEOUT) -> None:
         """Close the connections and the lock file, waiting for others `timeout` seconds at most.
@@ -219,7 +243,7 @@ class Connections:
             self._close_spare()
             self._spare = connect_for_reading(self.path)
             self.generation = self.lock.generation()
-            self._connection = connection
+            self._connection, self._files = connection, identify(self.path)
             self._damage.look_for_sets(connection, aside)
             if not self._reserve.make():
                 self._admission.refuse(disk_full())
@@ -281,3 +305,19 @@ class Connections:
             connection.close()
         finally:
             self.lock.release()
+
+
+# Weakly: also those of an engine that has been closed, but whose thread has not left yet.
+_living: set[weakref.ref[Connections]] = set()
+
+
+def living_connections() -> list[Connections]:
+    """All of this process, of which some may have been closed."""
+    return [each for each in (reference() for reference in list(_living)) if each is not None]
+
+
+def abandon_connections() -> list[Connections]:
+    """In a forked child: forget the parent's.  They are returned to be kept: their end would close the connections."""
+    inherited = living_connections()
+    _living.clear()
+    return inherited

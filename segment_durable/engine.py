@@ -14,13 +14,15 @@ import os
 import random
 import weakref
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from segment_durable.clock import Clock, SystemClock
 from segment_durable.config import Config
-from segment_durable.database_file import hold_inherited_locks
+from segment_durable.connections import Connections, abandon_connections, living_connections
+from segment_durable.database_file import Files, hold_inherited_locks
 from segment_durable.delivery import Delivery, Reporter
-from segment_durable.errors import ConfigError, OutboxDamaged, OutboxError, OutboxFull
+from segment_durable.errors import ConfigError, OutboxDamaged, OutboxError, OutboxFull, OutboxUnavailable
 from segment_durable.limiter import Limiter
 from segment_durable.locks import abandon_inherited
 from segment_durable.outbox import Outbox
@@ -212,8 +214,12 @@ def _tokens(config: Config, clock: Clock) -> Tokens | None:
 _lock = PatientLock()
 _engines: dict[str, Engine] = {}
 _pid = os.getpid()
-_suspended: list[Engine] = []
+_suspended: list[Connections] = []
 _inherited: list[Any] = []  # what a child must neither use nor let be collected
+# The databases to which a connection of the parent, or of its parent, is open in the memory of this process.
+_haunted: dict[Path, Files] = {}
+_unusable: str | None = None  # why SQLite can't be used in this process, if so
+_noticing: dict[int, PatientLock] = {}  # by process id: a child's own can't have been locked by a thread of the parent
 
 
 def attach(
@@ -223,8 +229,9 @@ def attach(
 
     Raises `ConfigError`, `OutboxUnavailable`, `NotAnOutbox` or `SourceMismatch`.
     """
-    if _pid != os.getpid():  # forked in C, as uWSGI does, without a call of Python's hooks
-        _start_anew(hooked=False)
+    _notice_fork()
+    if _unusable is not None:
+        raise OutboxUnavailable(member.config.outbox_path(), _unusable)
     key = os.path.realpath(member.config.outbox_path())
     with _lock:
         engine = _engines.get(key)
@@ -251,15 +258,16 @@ def detach(engine: Engine, member: Member, timeout: float) -> bool:
 
 
 def _before_fork() -> None:
+    _notice_fork()
     _lock.acquire()
-    for engine in _engines.values():
-        if engine.pid == os.getpid() and engine.outbox.db.connections.suspend():
-            _suspended.append(engine)
+    for each in living_connections():
+        if each.suspend():
+            _suspended.append(each)
 
 
 def _after_fork_in_parent() -> None:
-    for engine in _suspended:
-        engine.outbox.db.connections.resume()
+    for each in _suspended:
+        each.resume()
     _suspended.clear()
     _lock.release()
 
@@ -268,21 +276,58 @@ def _after_fork_in_child() -> None:
     _start_anew(hooked=True)
 
 
+def _notice_fork() -> None:
+    """Where Python's hooks don't run, because the fork was made in C: the child notices it by itself."""
+    pid = os.getpid()
+    if _pid != pid:
+        with _noticing.setdefault(pid, PatientLock()):
+            if _pid != pid:
+                _start_anew(hooked=False)
+
+
 def _start_anew(*, hooked: bool) -> None:
     """In a forked child: forget what belongs to the parent."""
-    global _lock, _pid, _engines
-    lock_files = abandon_inherited()
-    for engine in _engines.values():
-        if engine in _suspended:
+    global _lock, _pid, _engines, _unusable
+    lock_files, connections = abandon_inherited(), abandon_connections()
+    _inherited.append((lock_files, connections, _engines))
+    for each in connections:
+        if each in _suspended:
             continue
-        # Its connection is open in the parent, and so in the memory of this process.
+        # A connection that is open in the parent is so in the memory of this process.
+        files = each.inherited()
+        if files is not None:
+            _haunted[each.path] = files
+        if each.was_in_use():
+            _unusable = _unusable or _forked_amid(hooked)
+    for path, files in _haunted.items():
         try:
-            _inherited.append(hold_inherited_locks(engine.outbox.db.path))
+            if _unusable is None:
+                _inherited.append(hold_inherited_locks(path, files))
         except OSError as problem:
-            log.error("this process was forked while the outbox was in use, and can't lock it: %s", problem)
-    _inherited.append((lock_files, _engines))
-    _engines, _lock, _pid = {}, PatientLock(), os.getpid()
+            _unusable = _forked_unlocked(path, problem)
     _suspended.clear()
+    _engines, _lock = {}, PatientLock()
+    _pid = os.getpid()  # last: other threads wait for it
+
+
+def _forked_amid(hooked: bool) -> str:
+    # SQLite's mutexes are the process's, not an outbox's: a thread that was inside them is not here to leave them.
+    if hooked:
+        return (
+            "this process was forked while another thread was at work in an outbox, and did not leave it in time: "
+            "SQLite can't be used here; is the disk very slow?"
+        )
+    return (
+        f"this process was forked while another thread was at work in an outbox: SQLite can't be used here; {_REMEDY}"
+    )
+
+
+def _forked_unlocked(path: Path, problem: OSError) -> str:
+    reason = problem.strerror or type(problem).__name__
+    return f"this process was forked while {path} was open, and can't be used with it ({reason}): {_REMEDY}"
+
+
+_REMEDY = "make the client after the fork, or have Python's fork hooks called (uWSGI: py-call-uwsgi-fork-hooks = true)"
 
 
 def _at_exit() -> None:

@@ -194,6 +194,10 @@ def test_a_connection_serves_many_requests(receiver: Receiver) -> None:
             response.read()
             assert response.status == status
             assert connection.sock is opened
+        port = opened.getsockname()[1]
+    assert [request.client_port for request in receiver.requests] == [port] * 3
+    post(receiver)
+    assert receiver.requests[-1].client_port != port
 
 
 def test_it_can_be_used_as_a_proxy(receiver: Receiver) -> None:

@@ -31,29 +31,36 @@ class Judge:
         self._strict = strict
 
     def open(
-        self, method: str, target: str, headers: Headers, raw: bytes, problem: Problem | None, url: str
+        self, method: str, target: str, port: int, headers: Headers, raw: bytes, problem: Problem | None, url: str
     ) -> Exchange:
         """Record a request that arrived whole. `problem` is what the transfer of its body already broke."""
         path = _path(target)
         if method != "POST":
             problem = Problem(405, "method_not_allowed", "only POST is allowed")
         elif path == BATCH_PATH:
-            return self._open_batch(target, headers, raw, problem)
+            return self._open_batch(target, port, headers, raw, problem)
         elif path == TOKEN_PATH and self._oauth is not None:
-            return self._open_token(self._oauth, target, headers, raw, problem, url)
+            return self._open_token(self._oauth, target, port, headers, raw, problem, url)
         else:
             problem = Problem(404, "not_found", "there is nothing at this path")
         request = Request(
-            method=method, path=target, headers=headers, body=raw, authorization=_kind(headers), problem=problem
+            method=method,
+            path=target,
+            client_port=port,
+            headers=headers,
+            body=raw,
+            authorization=_kind(headers),
+            problem=problem,
         )
         return Exchange(self._inbox, request, _always(self._refused(problem)))
 
-    def _open_batch(self, target: str, headers: Headers, raw: bytes, problem: Problem | None) -> Exchange:
+    def _open_batch(self, target: str, port: int, headers: Headers, raw: bytes, problem: Problem | None) -> Exchange:
         reading = read_batch(raw, headers, strict=self._strict) if problem is None else Reading(raw)
         problem = problem or self._first_problem(headers, reading)
         fields: dict[str, Any] = {
             "method": "POST",
             "path": target,
+            "client_port": port,
             "headers": headers,
             "body": reading.body,
             "authorization": _kind(headers),
@@ -90,11 +97,17 @@ class Judge:
             raise Refusal(401, "unauthorized", "the body's writeKey is missing or not the right one")
 
     def _open_token(
-        self, oauth: OAuthApp, target: str, headers: Headers, raw: bytes, problem: Problem | None, url: str
+        self, oauth: OAuthApp, target: str, port: int, headers: Headers, raw: bytes, problem: Problem | None, url: str
     ) -> Exchange:
         oauth.count_request()
         request = Request(
-            method="POST", path=target, headers=headers, body=raw, authorization=_kind(headers), problem=problem
+            method="POST",
+            path=target,
+            client_port=port,
+            headers=headers,
+            body=raw,
+            authorization=_kind(headers),
+            problem=problem,
         )
 
         def decide() -> Answer:

@@ -68,8 +68,8 @@ class Receiver:
                 inbox, judge = self._inbox, self._judge
                 server = Server(
                     (self._host, self._port),
-                    lambda method, path, headers, body, problem: judge.open(
-                        method, path, headers, body, problem, self.url
+                    lambda method, path, port, headers, body, problem: judge.open(
+                        method, path, port, headers, body, problem, self.url
                     ),
                     inbox.fail,
                 )

@@ -61,6 +61,8 @@ class Request:
     method: str
     path: str
     """As sent; an absolute URL when the receiver is used as a proxy."""
+    client_port: int = field(repr=False)
+    """The sender's TCP port: requests that share it in one test came over one connection."""
     headers: Headers = field(repr=False)
     body: bytes = field(repr=False)
     """After gunzip. As sent if it is no gzip; empty if it is over the limit, or if it has no `Content-Length`."""

@@ -19,8 +19,8 @@ from segment_durable.testing.faults import Answer, Drop, HalfAnswer
 from segment_durable.testing.records import Headers, Problem
 from segment_durable.testing.rules import framing
 
-Open: TypeAlias = Callable[[str, str, Headers, bytes, "Problem | None"], Exchange]
-"""(method, path, headers, body, what the transfer broke) -> an exchange."""
+Open: TypeAlias = Callable[[str, str, int, Headers, bytes, "Problem | None"], Exchange]
+"""(method, path, the sender's port, headers, body, what the transfer broke) -> an exchange."""
 
 _ACCEPT_POLL_SECONDS = 0.05
 _FINISH_SECONDS = 1.0
@@ -191,7 +191,7 @@ class Handler(BaseHTTPRequestHandler):
         if length:
             self.close_connection = True
             return None
-        return self.server.open_exchange(self.command, self.path, headers, body, problem)
+        return self.server.open_exchange(self.command, self.path, self.client_address[1], headers, body, problem)
 
     def _finish(self, exchange: Exchange) -> None:
         ending = exchange.resolve(self.server.closing)
