@@ -90,7 +90,7 @@ class Client:
             segment_log.setLevel(logging.DEBUG)
         if config.send:
             engine = self._attach()
-            if self._delivers and engine.outbox.first_id() is not None:
+            if self._delivers and engine.has_pending():
                 engine.sender.start()  # what an earlier process left
 
     def identify(

@@ -7,6 +7,8 @@ lock and threads can commit together.  The other reads, under a mutex of its own
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
 import sqlite3
 import threading
 import time
@@ -25,6 +27,8 @@ from segment_durable.reserve import Reserve
 from segment_durable.sqlite_errors import SQLITE_PROBLEMS, is_damage, storage_error
 
 __all__ = ["SPARE_PAGES", "WRITE_TIMEOUT", "Connections", "abandon_connections", "living_connections"]
+
+log = logging.getLogger("segment.durable.outbox")
 
 WRITE_TIMEOUT = 5.0  # seconds that a write waits for other writers
 SPARE_PAGES = 32  # of the largest file that the process may write: not for puts
@@ -217,7 +221,7 @@ class Connections:
                     self.lock.mutex.release()
             finally:
                 self._reading_mutex.release()
-            self.lock.close()
+            self.lock.close(max(0.0, end - time.monotonic()))
         # Otherwise a thread is at work in there: its connection and the lock file end with the process.
 
     # -- inside
@@ -258,12 +262,17 @@ class Connections:
 
     def _connect(self) -> sqlite3.Connection:
         is_ours = self._reserve.exists()
+        is_gone = is_ours and not os.path.lexists(self.path)
         try:
-            return connect(self.path, full=self.full, is_ours=is_ours)
+            connection = connect(self.path, full=self.full, is_ours=is_ours)
         except sqlite3.Error:
             if not self._reserve.free():  # opening takes space as well
                 raise
-            return connect(self.path, full=self.full, is_ours=is_ours)
+            connection = connect(self.path, full=self.full, is_ours=is_ours)
+        if is_gone:
+            self.lock.raise_generation()  # a process that has the old one open must not go on to write into it
+            log.warning("%s was gone, with the events that were in it: an empty one was made", self.path)
+        return connection
 
     def _open_for_reading(self, timeout: float) -> sqlite3.Connection:
         if not self.lock.mutex.acquire(timeout=timeout):

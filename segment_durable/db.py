@@ -125,7 +125,8 @@ class Database:
         with self.connections.reader(timeout) as connection:
             return connection.execute(statement, parameters).fetchone()
 
-    def is_mostly_free(self) -> bool:
-        """Whether more than half of the database's pages are free."""
+    def is_drained(self, little: int) -> bool:
+        """Whether most of the database is free, and what is not is little: so many bytes, or a tenth of it."""
         (free,), (pages,) = self.read_one("PRAGMA freelist_count"), self.read_one("PRAGMA page_count")
-        return bool(2 * free > pages)
+        used = pages - free
+        return bool(used < free and used <= max(little // PAGE_SIZE, pages // 10))

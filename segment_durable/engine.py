@@ -110,6 +110,13 @@ class Engine:
             return False
         return True
 
+    def has_pending(self) -> bool:
+        """Whether there may be something to deliver: also where that can't be read, which the sender then reports."""
+        try:
+            return self.outbox.first_id() is not None
+        except OutboxError:
+            return True
+
     def deliver_now(self) -> bool:
         """`sync_mode`: deliver in the calling thread up to the last event, one failed attempt at most."""
         try:

@@ -130,17 +130,21 @@ class LockFile:
             cls._registry[found.st_dev, found.st_ino] = made
             return made
 
-    def close(self) -> None:
+    def close(self, timeout: float) -> None:
+        """Waits `timeout` seconds at most for a thread that writes; then the file stays open, for who opens it next."""
         with self._registry_lock:
             self._shares -= 1
-            if self._shares:
+            # Whoever waits for the mutex must not lock a descriptor that means another file by then.
+            if self._shares or not self.mutex.acquire(timeout=timeout):
                 return
-            for key, each in list(self._registry.items()):
-                if each is self:
-                    del self._registry[key]
-            with self.mutex:  # whoever waits for it must not lock a descriptor that means another file by then
+            try:
+                for key, each in list(self._registry.items()):
+                    if each is self:
+                        del self._registry[key]
                 os.close(self._fd)
                 self._fd = -1
+            finally:
+                self.mutex.release()
 
     def acquire(self, timeout: float) -> None:
         """Take the writer lock: no other thread or process writes until `release()`.

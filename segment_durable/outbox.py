@@ -410,13 +410,12 @@ class Outbox:
 
     def pending(self) -> int:
         """How many events have not left, those on their way included; does not count rows."""
-        last, _, delivered, buried, erased, expired, *_ = self._totals()
-        return int(last - delivered - buried - erased - expired)
+        return self.load()[0]
 
-    def leases(self) -> int:
-        """How many leases there are, dead ones included."""
-        count: int = self.db.read_one("SELECT count(*) FROM lease")[0]
-        return count
+    def load(self) -> tuple[int, int]:
+        """The same, and how many leases there are, dead ones included."""
+        last, _, delivered, buried, erased, expired, _, _, leases = self._totals()
+        return last - delivered - buried - erased - expired, leases
 
     @_after_damage
     def backoff(self) -> Backoff:

@@ -35,7 +35,9 @@ class Sender:
         self._inline: Delivery | None = None
         self._inline_ends = False
         self._inline_lock = threading.Lock()
-        self.changed = threading.Condition()  # notified after each step
+        self.changed = threading.Condition()  # notified after a step that ends the wait of a flush
+        self._left = 0  # events that left by steps of this sender
+        self._goals: list[int] = []  # what `_left` has to come to for the flushes that wait
         self.last_failure: tuple[int, bool] = (0, False)  # number of failed steps so far; was the budget used up
 
     @property
@@ -77,7 +79,8 @@ class Sender:
         end = None if timeout is None else self._clock.boot() + timeout
         target = self._outbox.last_id(_BUSY if timeout is None else max(_GLANCE, timeout))
         failures = self.last_failure[0]
-        if self._has_left(target, end):
+        left, missing = self._left, self._missing(target, end)
+        if not missing:
             return True
         if any(worker.is_current() for worker in self._workers):
             return False  # a callback: its thread is the one that would have to deliver
@@ -87,7 +90,7 @@ class Sender:
         for worker in workers:
             worker.hurry_to(target)
         try:
-            while not self._has_left(target, end):
+            while missing:
                 remaining = _FLUSH_LOOK if end is None else min(_FLUSH_LOOK, end - self._clock.boot())
                 if remaining <= 0:
                     return False
@@ -96,8 +99,8 @@ class Sender:
                     return False
                 if not any(worker.is_alive() for worker in workers):
                     return self.drain(target, end)
-                with self.changed:
-                    self.changed.wait(remaining)
+                self._wait_for(left + missing, remaining)
+                left, missing = self._left, self._missing(target, end)
             return True
         finally:
             for worker in workers:
@@ -178,14 +181,35 @@ class Sender:
         return not any(worker.is_alive() for worker in workers)
 
     def note(self, step: Step) -> None:
+        """A step was done.  Whoever waits in `flush` looks at the outbox only when that may have been the last one.
+
+        A look after each batch took a fifth of the time in which a backlog was delivered.
+        """
         with self.changed:
+            self._left += step.count
             if step.kind in ("failed", "backoff"):
                 self.last_failure = (self.last_failure[0] + 1, step.exhausted)
-            self.changed.notify_all()
+            if not step.progress or any(goal <= self._left for goal in self._goals):
+                self.changed.notify_all()
+
+    def _wait_for(self, goal: int, seconds: float) -> None:
+        """Wait until so many events have left by this sender, or a step left it with nothing to do."""
+        with self.changed:
+            if self._left >= goal:
+                return
+            self._goals.append(goal)
+            try:
+                self.changed.wait(seconds)
+            finally:
+                self._goals.remove(goal)
 
     def _has_left(self, target: int, end: float | None) -> bool:
+        return not self._missing(target, end)
+
+    def _missing(self, target: int, end: float | None) -> int:
+        """At most how many events up to `target` have not left."""
         first = self._outbox.first_id(_BUSY if end is None else max(_GLANCE, end - self._clock.boot()))
-        return first is None or first > target
+        return 0 if first is None else max(0, target - first + 1)
 
 
 class _Ending:

@@ -16,7 +16,7 @@ __all__ = ["TOTALS_KINDS", "UNSOUND_BODY", "Kinds", "all_sound", "are_books_soun
 
 Kinds = tuple[type | tuple[type, ...], ...]  # of the columns of a row
 
-TOTALS_KINDS: Kinds = (int, (int, NoneType), int, int, int, int, int, int)
+TOTALS_KINDS: Kinds = (int, (int, NoneType), int, int, int, int, int, int, int)
 
 # A blob is greater than any other value; of one comparison less is felt than of typeof(), which is a function call.
 UNSOUND_BODY = "(body >= x'') IS NOT 1"
@@ -43,10 +43,10 @@ def all_sound(rows: sqlite3.Cursor, kinds: Kinds) -> Iterator[Any]:
 
 
 def are_books_sound(totals: Any) -> bool:
-    """Whether the counters can be: `totals` is the highest id that was given, the first that is there, and the rest."""
+    """Whether the counters can be: `totals` is a row of `views.TOTALS`."""
     if not is_sound(totals, TOTALS_KINDS):
         return False
-    last, first, delivered, buried, erased, expired, requeued, dead_erased = totals
+    last, first, delivered, buried, erased, expired, requeued, dead_erased, _ = totals
     pending = last - delivered - buried - erased - expired
     room = 0 if first is None else last - first + 1
     return bool(min(totals[2:]) >= 0 and (room > 0) <= pending <= room and requeued + dead_erased <= buried)

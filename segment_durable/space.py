@@ -107,7 +107,11 @@ class Space:
 
     def size_on_disk(self) -> int:
         """Bytes that the database and its WAL occupy."""
-        return file_size(self._connections.path) + self._wal.size()
+        return self.database_size() + self._wal.size()
+
+    def database_size(self) -> int:
+        """Bytes of the database alone, as far as checkpoints have come."""
+        return file_size(self._connections.path)
 
     def _is_damaged_and_not_full(self, connection: sqlite3.Connection) -> bool:
         """Whether SQLite has said that the disk is full, and it is not.

@@ -22,8 +22,8 @@ log = logging.getLogger("segment.durable.upkeep")
 
 SYNC_SECONDS = 0.25  # from a commit to its sync; with the sync itself well below half a second
 _QUIET_SECONDS = 1.0  # without a write, after which all space is given back
-_TIDY_REST = 0.002  # seconds between two transactions that give space back, in which writers come
-_TIDY_BYTES = 4 << 20  # files below this are left as they are
+_TIDY_REST = 0.01  # seconds between two transactions that give space back, in which writers come
+_TIDY_BYTES = 4 << 20  # a database below this is left as it is
 
 
 class Upkeep:
@@ -88,7 +88,7 @@ class Upkeep:
                 self._clock.wait(self._ending, LOOK_SECONDS)
                 continue
             is_quiet = not self._clock.wait(self._written, _QUIET_SECONDS)
-            if self._is_untidy():
+            if self._is_untidy(is_quiet):
                 self._tidy(is_quiet)
 
     def _sync(self, *, checkpoint: bool = True) -> bool:
@@ -102,15 +102,22 @@ class Upkeep:
             return False
         return True
 
-    def _is_untidy(self) -> bool:
+    def _is_untidy(self, is_quiet: bool) -> bool:
+        """Beside writers the WAL is left as long as it is: they would only have to make it long again."""
         if self._ending.is_set():
             return False
-        return self._database.space.size_on_disk() > _TIDY_BYTES or self._wal.size() > self._database.reserve.size
+        return self._database.space.database_size() > _TIDY_BYTES or (is_quiet and self._has_long_wal())
+
+    def _has_long_wal(self) -> bool:
+        return self._wal.size() > self._database.reserve.size
 
     def _tidy(self, is_quiet: bool) -> None:
-        """Give back what is free in small steps; beside writers only if it is more than what they use again."""
+        """Give back what is free in small steps; beside writers only what they don't use again.
+
+        And not while a backlog is delivered, which would wait for each step: when little is left of it.
+        """
         try:
-            if not is_quiet and not self._database.is_mostly_free():
+            if not is_quiet and not self._database.is_drained(_TIDY_BYTES):
                 return
             given, left = self._database.space.give_back()
             is_shorter = given > 0
@@ -118,8 +125,8 @@ class Upkeep:
                 if self._clock.wait(self._ending, _TIDY_REST) or self._due.is_set():
                     return
                 _, left = self._database.space.give_back()
-            if is_shorter or self._wal.size() > self._database.reserve.size:
-                self._wal.checkpoint(truncate=True)
+            if is_shorter or (is_quiet and self._has_long_wal()):
+                self._wal.checkpoint(truncate=is_quiet)
         except OutboxError as problem:
             self._complain(problem)
 

@@ -34,7 +34,7 @@ _BACKOFF_KINDS: Kinds = (
 
 TOTALS = """
 SELECT max(last_id, ifnull((SELECT max(id) FROM event), 0)), (SELECT min(id) FROM event),
-       delivered, buried, erased, expired, requeued, dead_erased
+       delivered, buried, erased, expired, requeued, dead_erased, (SELECT count(*) FROM lease)
 FROM state
 """
 
@@ -69,7 +69,7 @@ def read_stats(
     connection: sqlite3.Connection, clock: Clock, size_on_disk: int, is_dead: Callable[[Any, float], bool]
 ) -> OutboxStats:
     """Statistics from one open transaction; `is_dead` tells which leases don't count."""
-    last, first, delivered, buried, erased, expired, requeued, dead_erased = sound(
+    last, first, delivered, buried, erased, expired, requeued, dead_erased, _ = sound(
         connection.execute(TOTALS).fetchone(), TOTALS_KINDS
     )
     now = clock.boot()

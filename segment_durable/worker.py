@@ -141,7 +141,7 @@ class Worker:
         while not self.stopping:
             self._arm(_NEVER)  # before the look: what is appended meanwhile is counted twice rather than not at all
             try:
-                pending, leases = self._outbox.pending(), self._outbox.leases()
+                pending, leases = self._outbox.load()
             except OutboxError:
                 return True  # the step meets the same trouble and reports it
             missing = self._config.upload_size - pending
@@ -152,6 +152,8 @@ class Worker:
             self.wake_at = missing
             if self.appended < missing and not self._flush_to and not self.stopping:
                 self._clock.wait(self.event, end - now)
+            if self.appended >= missing:
+                return True
         return False
 
     def _arm(self, events: int) -> None:

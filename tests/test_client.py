@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 import segment_durable as analytics_module
-from segment_durable import Client, ConfigError, OutboxFull, SourceMismatch, engine
+from segment_durable import Client, ConfigError, OutboxFull, SourceMismatch, engine, sender
 from segment_durable.clock import SystemClock
+from segment_durable.errors import StorageError
 from segment_durable.outbox import Outbox
 from segment_durable.testing import Answer, Hang, Receiver
 
@@ -199,6 +200,44 @@ def test_flush_times_out_while_the_receiver_hangs_and_loses_nothing(
     receiver.release()
     assert client.flush(10) is True
     assert names(receiver) == ["e"]
+
+
+def test_a_client_is_made_although_the_outbox_can_not_be_read_at_that_moment(
+    make_client: MakeClient, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def first_id(self: Outbox, *arguments: float) -> int | None:
+        raise StorageError("disk I/O error", "SQLITE_IOERR")
+
+    before = make_client(deliver=False)
+    before.track("u", "left")
+    before.shutdown(0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Outbox, "first_id", first_id)
+        make_client()
+    assert receiver.wait_for(1, timeout=20)
+
+
+@pytest.mark.parametrize("thread", [1, 3])
+def test_flush_looks_at_the_outbox_when_all_may_have_left_and_not_after_each_batch(
+    make_client: MakeClient, receiver: Receiver, monkeypatch: pytest.MonkeyPatch, thread: int
+) -> None:
+    monkeypatch.setattr(sender, "_FLUSH_LOOK", 3600.0)  # not even that often
+    before = make_client(deliver=False)
+    for number in range(600):
+        assert before.track("u", f"e{number}")[0]
+    before.shutdown(0)
+    looks: list[int | None] = []
+    real = Outbox.first_id
+
+    def first_id(self: Outbox, *arguments: float) -> int | None:
+        looks.append(real(self, *arguments))
+        return looks[-1]
+
+    monkeypatch.setattr(Outbox, "first_id", first_id)
+    client = make_client(thread=thread, upload_size=10)
+    assert client.flush(30) is True
+    assert len(receiver.events) == 600
+    assert len(looks) < 20
 
 
 def test_flush_gives_up_when_the_retry_budget_is_used_up(make_client: MakeClient, receiver: Receiver) -> None:

@@ -196,7 +196,7 @@ def test_space_comes_back_after_a_drain(outbox: Outbox, keeper: Upkeep, monkeypa
     while isinstance(lease := outbox.lease(100, 60), Lease):
         outbox.ack(lease, lease.last)
     count = 0
-    while outbox.db.space.size_on_disk() > upkeep._TIDY_BYTES:
+    while outbox.db.space.database_size() > upkeep._TIDY_BYTES:
         count += 1
         assert steps.wait_for(count), "the thread rests, and has not given the space back"
     assert any("incremental_vacuum" in statement for statement in statements)
@@ -218,7 +218,7 @@ def test_space_of_a_backlog_of_an_earlier_process_comes_back(tmp_path: Path, mon
         outbox.ack(lease, lease.last)
     end = time.monotonic() + 60
     pause = threading.Event()
-    while outbox.db.space.size_on_disk() > upkeep._TIDY_BYTES and time.monotonic() < end:
+    while outbox.db.space.database_size() > upkeep._TIDY_BYTES and time.monotonic() < end:
         pause.wait(0.01)
     assert keeper.stop(10)
     size = outbox.db.space.size_on_disk()
@@ -237,12 +237,67 @@ def test_space_comes_back_also_where_it_is_never_quiet(
     while isinstance(lease := outbox.lease(100, 60), Lease):
         outbox.ack(lease, lease.last)
     end = time.monotonic() + 60
-    while outbox.db.space.size_on_disk() > upkeep._TIDY_BYTES:
+    while outbox.db.space.database_size() > upkeep._TIDY_BYTES:
         assert time.monotonic() < end
         assert outbox.put(b'"small"', 1)
         lease = outbox.lease(100, 60)
         assert isinstance(lease, Lease)
         outbox.ack(lease, lease.last)
+
+
+def test_space_is_not_given_back_while_a_backlog_is_delivered(
+    outbox: Outbox, keeper: Upkeep, syncs: Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both write, and who delivers would wait for each step: it took half as long again."""
+    monkeypatch.setattr(upkeep, "SYNC_SECONDS", 0.001)
+    monkeypatch.setattr(upkeep, "_QUIET_SECONDS", 3600.0)
+    real = outbox.db.space.give_back
+    left: list[int] = []
+    given = threading.Event()
+
+    def give_back() -> tuple[int, int]:
+        left.append(outbox.pending())
+        given.set()
+        return real()
+
+    monkeypatch.setattr(outbox.db.space, "give_back", give_back)
+    body = b'"%b"' % (b"x" * 30_000)
+    for _ in range(700):
+        outbox.put(body, 1)
+    while isinstance(lease := outbox.lease(10, 60), Lease):
+        outbox.ack(lease, lease.last)
+        assert syncs.wait_for(len(syncs.times) + 1), "the thread rests"
+    outbox.put(BODY, 1)
+    assert given.wait(10)
+    assert max(left) * 30_000 < upkeep._TIDY_BYTES
+
+
+def test_beside_writers_the_wal_is_left_as_long_as_it_is(
+    outbox: Outbox, keeper: Upkeep, syncs: Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut, it would have to be made long again at once: it was, four times a second."""
+    monkeypatch.setattr(upkeep, "SYNC_SECONDS", 0.001)
+    monkeypatch.setattr(upkeep, "_QUIET_SECONDS", 3600.0)
+    cut: list[int] = []
+    real = outbox.db.wal.checkpoint
+
+    def checkpoint(*, truncate: bool = False) -> bool:
+        if truncate:
+            cut.append(outbox.db.wal.size())
+        return real(truncate=truncate)
+
+    monkeypatch.setattr(outbox.db.wal, "checkpoint", checkpoint)
+    body = b'"%b"' % (b"x" * 30_000)
+    longest = 0
+    for _ in range(300):
+        outbox.put(body, 1)
+        lease = outbox.lease(10, 60)
+        assert isinstance(lease, Lease)
+        outbox.ack(lease, lease.last)
+        longest = max(longest, outbox.db.wal.size())
+        assert syncs.wait_for(len(syncs.times) + 1), "the thread rests"
+    assert longest > outbox.db.reserve.size
+    assert cut == []
 
 
 def test_stopping_does_not_wait_for_quiet(outbox: Outbox) -> None:

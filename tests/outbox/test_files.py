@@ -105,6 +105,27 @@ def test_an_empty_file_in_the_place_of_the_database_is_taken_over(
     assert outbox.put(b"x", 1)
 
 
+def test_a_database_that_was_deleted_is_told_and_nobody_goes_on_writing_into_it(
+    worker_factory: Callable[..., Worker],
+    outbox_factory: Callable[..., Outbox],
+    folder: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    worker = worker_factory()
+    assert worker.call("put", b"lost", 1)
+    for each in folder.glob("outbox.db*"):
+        each.unlink()
+    outbox = outbox_factory()
+    (record,) = caplog.records
+    assert record.name == "segment.durable.outbox"
+    assert "outbox.db was gone" in record.getMessage()
+    assert worker.call("put", b"kept", 1)
+    assert [row.body for row in outbox.rows(0, 99)] == [b"kept"]
+    caplog.clear()
+    outbox_factory()
+    assert not caplog.records
+
+
 def test_many_processes_may_create_the_outbox_at_the_same_time(
     worker_factory: Callable[..., Worker], outbox_factory: Callable[..., Outbox], folder: Path
 ) -> None:
