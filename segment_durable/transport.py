@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import http.client
+import io
 import os
+import socket
 import sys
 import time
 import zlib
@@ -54,8 +57,8 @@ class Transport(Protocol):
     def post(self, url: str, headers: Mapping[str, str], body: bytes, timeout: float) -> Response:
         """Post `body` and return the answer, whatever its status; a redirect is an answer and not followed.
 
-        `timeout` seconds bound the connecting, each wait for data, and the reading of the body as a whole.  Raises
-        `TransportError` if there is no whole answer.
+        `timeout` seconds bound the connecting, the sending, and the answer as a whole.  Raises `TransportError` if
+        there is no whole answer.
         """
 
     def close(self) -> None:
@@ -92,7 +95,7 @@ class RequestsTransport:
                 timeout=timeout,
             )
             try:
-                answer = _read(response, time.monotonic() + timeout)
+                answer = _read(response)
             finally:
                 response.close()  # a connection whose answer was read to its end is back in the pool by then
         except TransportError:
@@ -132,10 +135,50 @@ class RequestsTransport:
         request.prepare(method="POST", url=url, headers={"Accept": "application/json"})
         adapter = session.get_adapter(url)
         assert isinstance(adapter, HTTPAdapter)
-        pool = adapter.get_connection_with_tls_context(request, session.verify, proxies=proxies)
+        pool: Any = adapter.get_connection_with_tls_context(request, session.verify, proxies=proxies)
         adapter.cert_verify(pool, url, session.verify, None)  # type: ignore[no-untyped-call]
+        pool.ConnectionCls = type("Connection", (pool.ConnectionCls,), {"response_class": _Answer})
         route = self._routes[url] = _Route(pool, adapter.request_url(request, proxies), dict(request.headers))
         return route
+
+
+class _Answer(http.client.HTTPResponse):
+    """An answer that has to end in time.
+
+    The socket's timeout bounds each wait for data: a receiver that sends a byte now and then would be read for ever.
+    """
+
+    def __init__(self, sock: socket.socket, *arguments: Any, **named: Any) -> None:
+        super().__init__(sock, *arguments, **named)
+        self.fp = io.BufferedReader(_InTime(sock, self.fp.detach()))
+
+
+class _InTime(io.RawIOBase):
+    """What `raw` reads from `sock`, until the socket's timeout is over."""
+
+    def __init__(self, sock: socket.socket, raw: io.RawIOBase) -> None:
+        self._sock, self._raw = sock, raw
+        self._timeout = sock.gettimeout()
+        self._end = None if self._timeout is None else time.monotonic() + self._timeout
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        if self._end is None:
+            return self._raw.readinto(buffer)
+        remaining = self._end - time.monotonic()
+        if remaining <= 0:
+            raise TimeoutError("the answer did not end in time")
+        self._sock.settimeout(remaining)
+        try:
+            return self._raw.readinto(buffer)
+        finally:
+            self._sock.settimeout(self._timeout)  # the connection's next request counts on it
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
 
 
 class _Route(NamedTuple):
@@ -155,7 +198,7 @@ def _close_pools(manager: Any) -> None:
             pool.close()
 
 
-def _read(response: Any, deadline: float) -> bytes:
+def _read(response: Any) -> bytes:
     """The body, as it came in: what is there is taken at once, for a read of n bytes would wait for all n of them."""
     read = getattr(response, "read1", None)
     size = 8192 if read else 1  # urllib3 before 2.1 has no read1
@@ -166,8 +209,6 @@ def _read(response: Any, deadline: float) -> bytes:
         if not chunk:
             break
         answer += chunk
-        if time.monotonic() > deadline:
-            raise TransportError("timeout", "the answer did not end in time")
     if not answer and _ends_in_its_head(response):
         raise TransportError("connection", "the answer ended in its headers")
     answer = answer[:MAX_ANSWER_BYTES]

@@ -400,6 +400,25 @@ def test_a_body_that_drips_is_bounded_by_the_timeout(
         transport.close()
 
 
+@pytest.mark.parametrize(("head", "piece"), [(b"", b"H"), (b"HTTP/1.1 200 OK\r\n", b"X: y\r\n"), (b"HTTP/1.1 2", b"0")])
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_headers_that_drip_are_bounded_by_the_timeout(scheme: str, head: bytes, piece: bytes) -> None:
+    """With https it is the answer of a proxy that is to make a tunnel."""
+
+    def drip(_: bytes, connection: socket.socket) -> None:
+        connection.sendall(head)
+        while not server.closing.wait(0.02):
+            connection.sendall(piece)
+
+    with Server(drip) as server:
+        transport = RequestsTransport({"https": server.url})
+        started = time.monotonic()
+        url = server.url if scheme == "http" else "https://api.example.com"
+        assert failure(transport, url, timeout=0.3).kind in ("timeout", "proxy")
+        assert time.monotonic() - started < 1.5  # a hundred headers take 2 seconds
+        transport.close()
+
+
 @pytest.mark.parametrize("said", [b"", b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf"])
 def test_silence_is_a_timeout(transport: RequestsTransport, said: bytes) -> None:
     def hang(_: bytes, connection: socket.socket) -> None:
