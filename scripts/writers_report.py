@@ -176,7 +176,7 @@ def play(role: str, folder: str, url: str, seconds: float) -> int:
         worker.start()
     for worker in workers:
         worker.join()
-    client.shutdown(30)
+    client.shutdown(30 if url else None)  # a number waits for another process to deliver
     print(json.dumps({"waits": [wait for each in waits for wait in each], "refused": sum(refused)}))
     return 0
 
