@@ -412,10 +412,11 @@ class Outbox:
         """How many events have not left, those on their way included; does not count rows."""
         return self.load()[0]
 
-    def load(self) -> tuple[int, int]:
-        """The same, and how many leases there are, dead ones included."""
+    def load(self) -> tuple[int, int, int]:
+        """The same; how many leases there are, dead ones included; and how many of them are not this process's."""
+        own = len(self.db.lock.held)  # before the look: then one of this process is rather taken for another's
         last, _, delivered, buried, erased, expired, _, _, leases = self._totals()
-        return last - delivered - buried - erased - expired, leases
+        return last - delivered - buried - erased - expired, leases, leases - own
 
     @_after_damage
     def backoff(self) -> Backoff:

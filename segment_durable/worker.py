@@ -19,6 +19,7 @@ __all__ = ["Worker"]
 log = logging.getLogger("segment.durable.sender")
 
 _LOOK = 0.5  # seconds between looks at the outbox when idle: for the events of other processes, and for lost wake-ups
+_FOREIGN_LOOK = 0.25  # the same while a batch fills: at the leases of other processes
 _TROUBLE_WAIT = 1.0  # seconds after an error of the outbox
 _NEVER = 1 << 62
 
@@ -135,23 +136,27 @@ class Worker:
     def _fill(self) -> bool:
         """Wait until the next batch is full, for `upload_interval` at most; False to look again.
 
-        Nothing is waited for while a flush is on, nor while others have what may be leased: they may have died.
+        Nothing is waited for while a flush is on, nor while others have all that may be leased.  Any lease of another
+        process is a reason not to wait for long: its holder may have died, and what it had has waited long enough.
         """
-        end = None
+        began = None
         while not self.stopping:
             self._arm(_NEVER)  # before the look: what is appended meanwhile is counted twice rather than not at all
             try:
-                pending, leases = self._outbox.load()
+                pending, leases, foreign = self._outbox.load()
             except OutboxError:
                 return True  # the step meets the same trouble and reports it
             missing = self._config.upload_size - pending
             now = self._clock.boot()
-            end = now + self._config.upload_interval if end is None else end
+            began = now if began is None else began
+            end = began + self._config.upload_interval
             if pending == 0 or missing <= 0 or self._flush_to or now >= end or leases >= self._config.thread:
+                return True
+            if foreign > 0 and now >= began + _FOREIGN_LOOK:
                 return True
             self.wake_at = missing
             if self.appended < missing and not self._flush_to and not self.stopping:
-                self._clock.wait(self.event, end - now)
+                self._clock.wait(self.event, min(end - now, _FOREIGN_LOOK))
             if self.appended >= missing:
                 return True
         return False
