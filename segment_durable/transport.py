@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 import time
+import traceback
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -103,7 +104,9 @@ class RequestsTransport:
         except Exception as problem:
             # Any, for requests lets TypeErrors and others through for an odd proxy URL; and without its cause, whose
             # text may hold that proxy's password.
-            raise _transport_error(problem) from None
+            error = _transport_error(problem)
+            _let_go(problem)
+            raise error from None
         return Response(response.status, response.headers, answer)
 
     def close(self) -> None:
@@ -257,6 +260,16 @@ def _transport_error(problem: Exception) -> TransportError:
     if type(problem) is OSError and "CA certificate bundle" in text:
         return TransportError("certificate", "REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE names a file that does not exist")
     return TransportError("connection", _words(problem))
+
+
+def _let_go(problem: BaseException | None) -> None:
+    """Let go of what is in the frames of its traceback and of its causes'.
+
+    Before Python 3.12 http.client leaves the answer of a proxy that makes no tunnel there, with its open socket.
+    """
+    while problem is not None:
+        traceback.clear_frames(problem.__traceback__)
+        problem = problem.__context__
 
 
 def _words(problem: BaseException) -> str:
