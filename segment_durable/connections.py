@@ -7,7 +7,6 @@ lock and threads can commit together.  The other reads, under a mutex of its own
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import sqlite3
 import threading
@@ -27,8 +26,6 @@ from segment_durable.reserve import Reserve
 from segment_durable.sqlite_errors import SQLITE_PROBLEMS, is_damage, storage_error
 
 __all__ = ["SPARE_PAGES", "WRITE_TIMEOUT", "Connections", "abandon_connections", "living_connections"]
-
-log = logging.getLogger("segment.durable.outbox")
 
 WRITE_TIMEOUT = 5.0  # seconds that a write waits for other writers
 SPARE_PAGES = 32  # of the largest file that the process may write: not for puts
@@ -115,8 +112,7 @@ class Connections:
                 raise error from problem
         finally:
             self._reading_mutex.release()
-        if self._damage.news:
-            self._damage.tell()
+        self._damage.tell()
 
     def limit_pages(self, connection: sqlite3.Connection, spare: int) -> None:
         """Where files may not grow beyond a size: a database of more could never take in its WAL."""
@@ -262,16 +258,18 @@ class Connections:
 
     def _connect(self) -> sqlite3.Connection:
         is_ours = self._reserve.exists()
-        is_gone = is_ours and not os.path.lexists(self.path)
+        is_made = not os.path.lexists(self.path)
+        if is_made:
+            # First: a process that has one open which was deleted must not go on writing into it.
+            self.lock.raise_generation()
         try:
             connection = connect(self.path, full=self.full, is_ours=is_ours)
         except sqlite3.Error:
             if not self._reserve.free():  # opening takes space as well
                 raise
             connection = connect(self.path, full=self.full, is_ours=is_ours)
-        if is_gone:
-            self.lock.raise_generation()  # a process that has the old one open must not go on to write into it
-            log.warning("%s was gone, with the events that were in it: an empty one was made", self.path)
+        if is_made and is_ours:
+            self._damage.is_gone = True
         return connection
 
     def _open_for_reading(self, timeout: float) -> sqlite3.Connection:

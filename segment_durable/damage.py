@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 from collections import deque
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from segment_durable.reserve import Reserve
 from segment_durable.sqlite_errors import is_damage, storage_error
 
 __all__ = ["Damage"]
+
+log = logging.getLogger("segment.durable.outbox")
 
 # A disk that damages whatever is written to it must not be filled with what is set aside.
 _MOST_SETS, _SETS_SECONDS = 5, 60.0
@@ -30,6 +33,7 @@ class Damage:
         self._reserve = reserve
         self._admission = admission
         self._known_sets: set[str] | None = None  # that were set aside, as far as this object has looked
+        self.is_gone = False  # the database was found to be gone, and that was not told yet
         self.news: deque[OutboxDamaged] = deque()  # what was found and not been told yet
         self.on_news: Callable[[], None] = _nothing  # there is something to `tell` soon; called under the writer lock
         # Called in any thread, and without the writer lock; until it is set, what there is to tell waits.
@@ -73,7 +77,10 @@ class Damage:
             self.on_news()
 
     def tell(self) -> None:
-        """Call `on_damaged` for what has been found and not been told yet.  Not under the writer lock."""
+        """Log, and call `on_damaged` for, what has been found and not been told yet.  Not under the writer lock."""
+        if self.is_gone:
+            self.is_gone = False
+            log.warning("%s was gone, with the events that were in it: an empty one was made", self._path)
         while self.news and self.on_damaged is not None:
             try:
                 news = self.news.popleft()

@@ -125,8 +125,12 @@ class Database:
         with self.connections.reader(timeout) as connection:
             return connection.execute(statement, parameters).fetchone()
 
-    def is_drained(self, little: int) -> bool:
-        """Whether most of the database is free, and what is not is little: so many bytes, or a tenth of it."""
+    def pages(self) -> tuple[int, int]:
+        """How many are in use, and how many are free."""
         (free,), (pages,) = self.read_one("PRAGMA freelist_count"), self.read_one("PRAGMA page_count")
-        used = pages - free
-        return bool(used < free and used <= max(little // PAGE_SIZE, pages // 10))
+        return pages - free, free
+
+    def version(self) -> int:
+        """A number that changes with each commit, by whatever process."""
+        version: int = self.read_one("PRAGMA data_version")[0]
+        return version

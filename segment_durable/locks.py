@@ -101,8 +101,8 @@ class LockFile:
         self._has_file = False
         self._lock_file = _locker(fd, _WRITER)
         self._unlock_file = _unlocker(fd, _WRITER)
-        # Which database the outbox is, as a number that grows with each that takes a damaged one's place: the length of
-        # the file, because looking at that is the cheapest thing that all processes can do before a write.
+        # Which database the outbox is, as a number that grows with each that takes another's place: the length of the
+        # file, because looking at that is the cheapest thing that all processes can do before a write.
         self.generation: Callable[[], int] = partial(os.lseek, fd, 0, os.SEEK_END)
         self.slot = self._take_slot()
         self.held: set[bytes] = set()  # tokens of the leases that this process is working on

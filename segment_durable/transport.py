@@ -153,23 +153,33 @@ class _Answer(http.client.HTTPResponse):
 
     def __init__(self, sock: socket.socket, *arguments: Any, **named: Any) -> None:
         super().__init__(sock, *arguments, **named)
-        self.fp = io.BufferedReader(_InTime(sock, self.fp.detach()))
+        # That of pyOpenSSL, if somebody has put it into urllib3, is none, but has one.
+        real: Any = sock
+        timeout = (real if hasattr(real, "gettimeout") else real.socket).gettimeout()
+        if timeout is not None:
+            self.fp = io.BufferedReader(_InTime(sock, self.fp.detach(), timeout))
+
+    def _read_status(self) -> tuple[str, int, str]:
+        # http.client passes over 100 only.  Any other interim answer it would take for the final one, and the final one
+        # for that to the next request on the connection.
+        while True:
+            status: tuple[str, int, str] = super()._read_status()  # type: ignore[misc]
+            if not 101 < status[1] < 200:
+                return status
+            http.client.parse_headers(self.fp)
 
 
 class _InTime(io.RawIOBase):
-    """What `raw` reads from `sock`, until the socket's timeout is over."""
+    """What `raw` reads from `sock`, until `timeout` is over: seconds, those of the socket."""
 
-    def __init__(self, sock: socket.socket, raw: io.RawIOBase) -> None:
-        self._sock, self._raw = sock, raw
-        self._timeout = sock.gettimeout()
-        self._end = None if self._timeout is None else time.monotonic() + self._timeout
+    def __init__(self, sock: socket.socket, raw: io.RawIOBase, timeout: float) -> None:
+        self._sock, self._raw, self._timeout = sock, raw, timeout
+        self._end = time.monotonic() + timeout
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int | None:
-        if self._end is None:
-            return self._raw.readinto(buffer)
         remaining = self._end - time.monotonic()
         if remaining <= 0:
             raise TimeoutError("the answer did not end in time")

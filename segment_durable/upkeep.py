@@ -10,6 +10,7 @@ import logging
 import threading
 
 from segment_durable.clock import Clock
+from segment_durable.database_file import PAGE_SIZE
 from segment_durable.db import Database
 from segment_durable.errors import OutboxError
 from segment_durable.limiter import Limiter
@@ -22,6 +23,7 @@ log = logging.getLogger("segment.durable.upkeep")
 
 SYNC_SECONDS = 0.25  # from a commit to its sync; with the sync itself well below half a second
 _QUIET_SECONDS = 1.0  # without a write, after which all space is given back
+_STEADY_SECONDS = 5.0  # in which no more pages came free than ever before: then no backlog is being delivered
 _TIDY_REST = 0.01  # seconds between two transactions that give space back, in which writers come
 _TIDY_BYTES = 4 << 20  # a database below this is left as it is
 
@@ -39,6 +41,7 @@ class Upkeep:
         self._thread: threading.Thread | None = None
         self._ending = threading.Event()
         self._trouble = Limiter(60.0, clock)
+        self._least_used, self._least_at = 1 << 62, 0.0  # pages that were in use at the least, lately, and since when
         self._wal.watch(self.written)
 
     def written(self) -> None:
@@ -87,9 +90,7 @@ class Upkeep:
                 self._written.set()  # puts are refused, so none will say so
                 self._clock.wait(self._ending, LOOK_SECONDS)
                 continue
-            is_quiet = not self._clock.wait(self._written, _QUIET_SECONDS)
-            if self._is_untidy(is_quiet):
-                self._tidy(is_quiet)
+            self._tidy()
 
     def _sync(self, *, checkpoint: bool = True) -> bool:
         try:
@@ -102,33 +103,47 @@ class Upkeep:
             return False
         return True
 
-    def _is_untidy(self, is_quiet: bool) -> bool:
-        """Beside writers the WAL is left as long as it is: they would only have to make it long again."""
-        if self._ending.is_set():
-            return False
-        return self._database.space.database_size() > _TIDY_BYTES or (is_quiet and self._has_long_wal())
+    def _tidy(self) -> None:
+        """Give back what is free, once all are quiet; beside writers only what they don't use again.
 
-    def _has_long_wal(self) -> bool:
-        return self._wal.size() > self._database.reserve.size
-
-    def _tidy(self, is_quiet: bool) -> None:
-        """Give back what is free in small steps; beside writers only what they don't use again.
-
-        And not while a backlog is delivered, which would wait for each step: when little is left of it.
+        And not while a backlog is delivered, which would wait for each step.  The WAL is left as long as it is beside
+        writers, too: they would only have to make it long again.
         """
         try:
-            if not is_quiet and not self._database.is_drained(_TIDY_BYTES):
+            version = self._database.version()
+            # Not to write is not enough to be quiet: another process may be at work.
+            is_quiet = not self._clock.wait(self._written, _QUIET_SECONDS) and version == self._database.version()
+            if self._ending.is_set():
                 return
-            given, left = self._database.space.give_back()
-            is_shorter = given > 0
-            while left:
-                if self._clock.wait(self._ending, _TIDY_REST) or self._due.is_set():
-                    return
-                _, left = self._database.space.give_back()
-            if is_shorter or (is_quiet and self._has_long_wal()):
+            is_shorter = self._is_large() and (is_quiet or self._is_steady()) and self._give_back()
+            if is_shorter or (is_quiet and self._wal.size() > self._database.reserve.size):
                 self._wal.checkpoint(truncate=is_quiet)
         except OutboxError as problem:
             self._complain(problem)
+
+    def _is_large(self) -> bool:
+        return self._database.space.database_size() > _TIDY_BYTES
+
+    def _is_steady(self) -> bool:
+        """Whether most of the database is free, and what is in use is little, or has not become less of late."""
+        used, free = self._database.pages()
+        now = self._clock.boot()
+        if used < self._least_used:  # a backlog is being delivered
+            self._least_used, self._least_at = used, now
+        is_steady = now >= self._least_at + _STEADY_SECONDS
+        if is_steady:
+            self._least_used = used
+        little = max(_TIDY_BYTES // PAGE_SIZE, (used + free) // 10)
+        return used < free and (used <= little or is_steady)
+
+    def _give_back(self) -> bool:
+        """In small steps; whether any was given back, and all of it, for something more urgent may come."""
+        given, left = self._database.space.give_back()
+        while left:
+            if self._clock.wait(self._ending, _TIDY_REST) or self._due.is_set():
+                return False
+            _, left = self._database.space.give_back()
+        return given > 0
 
     def _complain(self, problem: OutboxError) -> None:
         times = self._trouble.tick()

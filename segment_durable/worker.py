@@ -150,15 +150,18 @@ class Worker:
             now = self._clock.boot()
             began = now if began is None else began
             end = began + self._config.upload_interval
-            if pending == 0 or missing <= 0 or self._flush_to or now >= end or leases >= self._config.thread:
+            if pending == 0:
+                self.wake_at = 1
+                if self.appended:  # since the look
+                    self.event.set()
+                return True
+            if missing <= 0 or self._flush_to or now >= end or leases >= self._config.thread:
                 return True
             if foreign > 0 and now >= began + _FOREIGN_LOOK:
                 return True
             self.wake_at = missing
             if self.appended < missing and not self._flush_to and not self.stopping:
                 self._clock.wait(self.event, min(end - now, _FOREIGN_LOOK))
-            if self.appended >= missing:
-                return True
         return False
 
     def _arm(self, events: int) -> None:

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 import segment_durable as analytics_module
-from segment_durable import Client, ConfigError, OutboxFull, SourceMismatch, engine, sender
+from segment_durable import Client, ConfigError, OutboxFull, SourceMismatch, engine, sender, worker
 from segment_durable.clock import SystemClock
 from segment_durable.errors import StorageError
 from segment_durable.outbox import Outbox
+from segment_durable.records import Lease
 from segment_durable.testing import Answer, Hang, Receiver
 
 MakeClient = Callable[..., Client]
@@ -45,6 +46,37 @@ def test_a_batch_goes_out_without_a_flush_after_upload_interval(make_client: Mak
     client = make_client(upload_interval=0.01)
     client.track("u", "alone")
     assert receiver.wait_for(1, timeout=5)
+
+
+def test_an_idle_sender_is_woken_by_the_first_event(
+    make_client: MakeClient, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And does not go on waiting for its next look at the outbox."""
+    monkeypatch.setattr(worker, "_LOOK", 3600.0)
+    client = make_client(upload_interval=0.01)
+    for number in range(1, 6):
+        client.track("u", "e")
+        assert receiver.wait_for(number)
+
+
+def test_what_others_deliver_meanwhile_does_not_count_for_a_batch(
+    make_client: MakeClient, receiver: Receiver, tmp_path: Path
+) -> None:
+    client = make_client(upload_interval=3600, upload_size=10)
+    other = Outbox(tmp_path / "outbox", SystemClock())
+    for number in range(12):
+        client.track("u", str(number))
+        if number == 5:
+            lease = other.lease(5, 60)
+            assert isinstance(lease, Lease)
+            other.ack(lease, lease.last)
+    # A batch of what is left would come at once: nothing else is to be waited for.
+    assert not receiver.wait_for(1, timeout=0.3)
+    for number in range(12, 15):
+        client.track("u", str(number))
+    assert receiver.wait_for(10)
+    assert [len(batch.events) for batch in receiver.batches] == [10]
+    other.close()
 
 
 def test_a_full_batch_does_not_wait_for_upload_interval(make_client: MakeClient, receiver: Receiver) -> None:

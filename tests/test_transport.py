@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-from segment_durable.transport import MAX_ANSWER_BYTES, RequestsTransport, Response, TransportError
+from segment_durable.transport import MAX_ANSWER_BYTES, RequestsTransport, Response, TransportError, _Answer
 
 HEADERS = {"Content-Type": "application/json", "Authorization": "Basic a2V5Og==", "User-Agent": "test/1"}
 BODY = b'{"batch":[]}'
@@ -400,7 +400,52 @@ def test_a_body_that_drips_is_bounded_by_the_timeout(
         transport.close()
 
 
-@pytest.mark.parametrize(("head", "piece"), [(b"", b"H"), (b"HTTP/1.1 200 OK\r\n", b"X: y\r\n"), (b"HTTP/1.1 2", b"0")])
+@pytest.mark.parametrize(
+    "interim", [b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n", b"HTTP/1.1 102 Processing\r\n\r\n"]
+)
+def test_an_interim_answer_is_not_taken_for_the_final_one(transport: RequestsTransport, interim: bytes) -> None:
+    """Nor the final one for that to the next request: an event that was refused would count as delivered."""
+    statuses = iter([b"200 OK", b"503 Service Unavailable", b"400 Bad Request"])
+
+    def answer(_: bytes, connection: socket.socket) -> bool:
+        connection.sendall(interim + interim)
+        connection.sendall(b"HTTP/1.1 %b\r\nContent-Length: 1\r\n\r\nx" % next(statuses))
+        return True
+
+    with Server(answer) as server:
+        assert [post(transport, server.url).status for _ in range(3)] == [200, 503, 400]
+        assert server.connections == 1
+        transport.close()
+
+
+def test_an_answer_is_read_from_a_socket_of_pyopenssl() -> None:
+    """urllib3.contrib.pyopenssl, which others may put into urllib3, has one that does not tell its timeout."""
+
+    class Wrapped:
+        def __init__(self, inner: socket.socket) -> None:
+            self.socket = inner
+            self.makefile = inner.makefile
+            self.settimeout = inner.settimeout
+
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.settimeout(20)
+        theirs.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+        answer = _Answer(Wrapped(ours))  # type: ignore[arg-type]
+        answer.begin()
+        assert (answer.status, answer.read()) == (200, b"ok")
+        answer.close()
+
+
+@pytest.mark.parametrize(
+    ("head", "piece"),
+    [
+        (b"", b"H"),
+        (b"HTTP/1.1 200 OK\r\n", b"X: y\r\n"),
+        (b"HTTP/1.1 2", b"0"),
+        (b"", b"HTTP/1.1 102 Processing\r\n\r\n"),
+    ],
+)
 @pytest.mark.parametrize("scheme", ["http", "https"])
 def test_headers_that_drip_are_bounded_by_the_timeout(scheme: str, head: bytes, piece: bytes) -> None:
     """With https it is the answer of a proxy that is to make a tunnel."""

@@ -272,6 +272,70 @@ def test_space_is_not_given_back_while_a_backlog_is_delivered(
     assert max(left) * 30_000 < upkeep._TIDY_BYTES
 
 
+def test_space_comes_back_beside_much_that_stays(
+    outbox: Outbox, keeper: Upkeep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dead letters, say, or a backlog that grows as fast as it is delivered."""
+    monkeypatch.setattr(upkeep, "SYNC_SECONDS", 0.001)
+    monkeypatch.setattr(upkeep, "_QUIET_SECONDS", 3600.0)
+    monkeypatch.setattr(upkeep, "_STEADY_SECONDS", 0.05)
+    body = b'"%b"' % (b"x" * 30_000)
+    for _ in range(700):
+        outbox.put(body, 1)
+    while outbox.pending() > 200:
+        lease = outbox.lease(100, 60)
+        assert isinstance(lease, Lease)
+        outbox.ack(lease, lease.last)
+    end = time.monotonic() + 60
+    while outbox.db.space.database_size() > 200 * 31_000 + upkeep._TIDY_BYTES:
+        assert time.monotonic() < end
+        outbox.put(body, 1)
+        lease = outbox.lease(1, 60)
+        assert isinstance(lease, Lease)
+        outbox.ack(lease, lease.last)
+
+
+def test_it_is_not_quiet_while_another_process_delivers(
+    outbox: Outbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Outbox(tmp_path / "outbox", SystemClock())
+    rounds: list[int] = []
+    given: list[int] = []
+    done = threading.Event()
+
+    class Delivering(SystemClock):
+        def wait(self, event: threading.Event, seconds: float) -> bool:
+            if seconds != upkeep._QUIET_SECONDS:
+                return super().wait(event, seconds)
+            if len(rounds) == 20:
+                done.set()
+                return super().wait(event, seconds)
+            rounds.append(outbox.pending())
+            lease = other.lease(10, 60)
+            assert isinstance(lease, Lease)
+            other.ack(lease, lease.last)
+            keeper._written.set()  # go on: this process has written, too, but only after that second
+            return False
+
+    def give_back() -> tuple[int, int]:
+        given.append(outbox.pending())
+        return 0, 0
+
+    monkeypatch.setattr(outbox.db.space, "give_back", give_back)
+    monkeypatch.setattr(upkeep, "SYNC_SECONDS", 0.001)
+    body = b'"%b"' % (b"x" * 30_000)
+    for _ in range(400):
+        outbox.put(body, 1)
+    outbox.db.wal.checkpoint()
+    keeper = Upkeep(outbox.db, Delivering())
+    outbox.put(BODY, 1)
+    assert done.wait(20)
+    assert keeper.stop(10)
+    assert rounds[-1] < 250
+    assert given == []
+    other.close()
+
+
 def test_beside_writers_the_wal_is_left_as_long_as_it_is(
     outbox: Outbox, keeper: Upkeep, syncs: Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:

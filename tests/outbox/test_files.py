@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from segment_durable import connections, database_file
 from segment_durable.errors import NotAnOutbox, OutboxError, OutboxUnavailable, SourceMismatch
 from segment_durable.outbox import Outbox
 from segment_durable.records import Row
@@ -105,25 +106,48 @@ def test_an_empty_file_in_the_place_of_the_database_is_taken_over(
     assert outbox.put(b"x", 1)
 
 
+@pytest.mark.parametrize("deleted", ["outbox.db*", "outbox.[dr]*"])
 def test_a_database_that_was_deleted_is_told_and_nobody_goes_on_writing_into_it(
     worker_factory: Callable[..., Worker],
     outbox_factory: Callable[..., Outbox],
     folder: Path,
     caplog: pytest.LogCaptureFixture,
+    deleted: str,
+) -> None:
+    """Told if the reserve is still there: without it, this may be a new outbox."""
+    worker = worker_factory()
+    assert worker.call("put", b"lost", 1)
+    for each in folder.glob(deleted):
+        each.unlink()
+    outbox = outbox_factory()
+    assert worker.call("put", b"kept", 1)
+    assert [row.body for row in outbox.rows(0, 99)] == [b"kept"]
+    assert outbox_factory().pending() == 1
+    told = [(record.name, "outbox.db was gone" in record.getMessage()) for record in caplog.records]
+    assert told == ([("segment.durable.outbox", True)] if deleted == "outbox.db*" else [])
+
+
+def test_a_process_killed_while_it_makes_the_database_anew_leaves_nobody_in_the_old_one(
+    worker_factory: Callable[..., Worker],
+    outbox_factory: Callable[..., Outbox],
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     worker = worker_factory()
     assert worker.call("put", b"lost", 1)
     for each in folder.glob("outbox.db*"):
         each.unlink()
-    outbox = outbox_factory()
-    (record,) = caplog.records
-    assert record.name == "segment.durable.outbox"
-    assert "outbox.db was gone" in record.getMessage()
+
+    def killed(*_: object, **__: object) -> sqlite3.Connection:
+        database_file.connect(folder / "outbox.db", full=False, is_ours=True).close()
+        raise OSError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(connections, "connect", killed)
+        with pytest.raises(OutboxUnavailable):
+            outbox_factory()
     assert worker.call("put", b"kept", 1)
-    assert [row.body for row in outbox.rows(0, 99)] == [b"kept"]
-    caplog.clear()
-    outbox_factory()
-    assert not caplog.records
+    assert [row.body for row in outbox_factory().rows(0, 99)] == [b"kept"]
 
 
 def test_many_processes_may_create_the_outbox_at_the_same_time(
