@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from .running import APPS, Books, Server, eventually, killing, needs, program
+from .running import PYTHONPATH, Books, Server, eventually, killing, needs, program
 
 Launch = Callable[..., Server]
 
@@ -44,7 +44,7 @@ class Calls:
     """A process that has tasks run, and what they answered."""
 
     def __init__(self, redis: str, receiver_url: str, outbox: Path) -> None:
-        self._env = {**os.environ, "PYTHONPATH": str(APPS), "EVENTS_REDIS": redis}
+        self._env = {**os.environ, "PYTHONPATH": PYTHONPATH, "EVENTS_REDIS": redis}
         self._env |= {"EVENTS_HOST": receiver_url, "EVENTS_OUTBOX": str(outbox)}
         self.answers: list[dict[str, Any]] = []
 
