@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,7 @@ class Calls:
 
 
 @pytest.fixture
-def calls(redis: str, receiver: Any, outbox: Path) -> Iterator[Calls]:
+def calls(redis: str, receiver: Any, outbox: Path) -> Calls:
     return Calls(redis, receiver.url, outbox)
 
 
