@@ -10,7 +10,7 @@ import pytest
 
 from segment_durable.testing import Receiver
 
-from .running import APPS, Books, Server
+from .running import PYTHONPATH, Books, Server
 
 SERVERS = pytest.StashKey[list[Server]]()
 
@@ -44,7 +44,7 @@ def launch(
     def start(command: list[str], **environment: str) -> Server:
         env = {
             **os.environ,
-            "PYTHONPATH": str(APPS),
+            "PYTHONPATH": PYTHONPATH,
             "EVENTS_HOST": receiver.url,
             "EVENTS_OUTBOX": str(outbox),
             **environment,

@@ -22,6 +22,8 @@ from segment_durable import Client
 from segment_durable.testing import Receiver
 
 APPS = Path(__file__).parent / "apps"
+# What servers import from: the apps, then what this process was told.
+PYTHONPATH = os.pathsep.join([str(APPS), *filter(None, [os.environ.get("PYTHONPATH")])])
 PATIENCE = 30.0  # seconds for anything that is waited for; reached only when something is wrong
 
 

@@ -1,4 +1,4 @@
-"""Django under gunicorn and FastAPI under uvicorn, two workers each."""
+"""Django under gunicorn, Django and FastAPI under uvicorn, two workers each."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ def test_django_under_gunicorn(launch: Launch, books: Books, preload: list[str])
     server.wait_until_up()
     load = Load(server)
     load.run(150)
+    load.run_until_workers(2)
     assert load.refused == load.unanswered == 0
     server.end()
     books.check(load.acknowledged)
 
 
-def uvicorn(launch: Launch, **environment: str) -> Server:
-    needs("fastapi", "uvicorn")
-    command = [sys.executable, "-m", "uvicorn", "--port", "0", "--workers", "2", "--log-level", "info", "asgi:app"]
+def uvicorn(launch: Launch, app: str = "asgi:app", **environment: str) -> Server:
+    needs("django" if app.startswith("django") else "fastapi", "uvicorn")
+    command = [sys.executable, "-m", "uvicorn", "--port", "0", "--workers", "2", "--log-level", "info", app]
     server = launch(command, **environment)
     server.wait_until_up()
     return server
@@ -38,6 +39,7 @@ def test_fastapi_that_shuts_the_client_down(launch: Launch, books: Books, path: 
     server = uvicorn(launch, EVENTS_AT_END="shutdown")
     load = Load(server, path)
     load.run(150)
+    load.run_until_workers(2)
     assert load.refused == load.unanswered == 0
     server.end()
     books.check(load.acknowledged)
@@ -48,6 +50,7 @@ def test_fastapi_that_does_not_leaves_the_rest_on_disk(launch: Launch, books: Bo
     server = uvicorn(launch)
     load = Load(server)
     load.run(150)
+    load.run_until_workers(2)
     assert load.refused == load.unanswered == 0
     server.end()
     books.check(load.acknowledged, killed=True, left=True)
@@ -57,7 +60,35 @@ def test_a_fastapi_worker_killed_under_load(launch: Launch, books: Books) -> Non
     server = uvicorn(launch, EVENTS_AT_END="shutdown")
     load = Load(server)
     load.run(150, halfway=killing)
+    load.run_until_workers(3)
     assert load.refused == 0
     books.wait_until_all_arrived(load.acknowledged)
     server.end()
     books.check(load.acknowledged, killed=True)
+
+
+DJANGO = "django_app:asgi_application"
+
+
+@pytest.mark.parametrize("path", ["/track", "/track-in-loop"])
+def test_django_under_uvicorn_leaves_the_rest_on_disk(launch: Launch, books: Books, path: str) -> None:
+    """Django knows no lifespan in which the client could be shut down."""
+    server = uvicorn(launch, DJANGO)
+    load = Load(server, path)
+    load.run(150)
+    load.run_until_workers(2)
+    assert load.refused == load.unanswered == 0
+    server.end()
+    books.check(load.acknowledged, killed=True, left=True)
+
+
+@pytest.mark.parametrize("path", ["/track", "/track-in-loop"])
+def test_a_django_worker_killed_under_uvicorn(launch: Launch, books: Books, path: str) -> None:
+    server = uvicorn(launch, DJANGO)
+    load = Load(server, path)
+    load.run(150, halfway=killing)
+    load.run_until_workers(3)
+    assert load.refused == 0
+    books.wait_until_all_arrived(load.acknowledged)
+    server.end()
+    books.check(load.acknowledged, killed=True, left=True)

@@ -55,11 +55,15 @@ def test_a_worker_killed_under_load(launch: Launch, books: Books, kind: str, pre
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_workers_that_are_recycled(launch: Launch, books: Books, kind: str) -> None:
-    server = start(launch, kind, "--preload", "--max-requests", "25", EVENTS_AT_IMPORT="client")
+@pytest.mark.parametrize("preload", [[], ["--preload"]], ids=["alone", "preload"])
+def test_workers_that_are_recycled(launch: Launch, books: Books, kind: str, preload: list[str]) -> None:
+    server = start(launch, kind, *preload, "--max-requests", "25", EVENTS_AT_IMPORT="client")
     load = Load(server)
     load.run(150)
     load.run_until_workers(5)
     assert load.refused == 0
+    # Two workers at a time: at least three of the five are replacements, and nothing but the limit ended the others.
+    assert server.said().count("Autorestarting worker") >= 3
+    assert "was sent SIG" not in server.said()
     server.end()
     books.check(load.acknowledged)

@@ -41,6 +41,8 @@ def test_a_clean_life(launch: Launch, books: Books, mode: str, at_import: str) -
     server = start(launch, *MODES[mode], EVENTS_AT_IMPORT=at_import)
     load = Load(server)
     load.run(200)
+    # Both: with lazy-apps the second one may be loading the app still, and the end would interrupt that.
+    load.run_until_workers(2)
     assert load.refused == load.unanswered == 0
     books.wait_until_all_arrived(load.acknowledged)
     server.end(signal.SIGINT)
@@ -52,6 +54,7 @@ def test_a_worker_killed_under_load(launch: Launch, books: Books, at_import: str
     server = start(launch, "--enable-threads", EVENTS_AT_IMPORT=at_import)
     load = Load(server)
     load.run(200, halfway=killing)
+    load.run_until_workers(3)
     assert load.refused == 0
     books.wait_until_all_arrived(load.acknowledged)
     server.end(signal.SIGINT)
