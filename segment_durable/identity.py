@@ -53,6 +53,7 @@ def check_identity(path: Path, *, is_ours: bool) -> str | None:
             if application == APPLICATION_ID:
                 return _outbox_id(connection)
             tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master")}
+            pages: int = connection.execute("PRAGMA page_count").fetchone()[0]
         except SQLITE_PROBLEMS as problem:
             if not is_unusable(problem, path):
                 raise
@@ -61,7 +62,8 @@ def check_identity(path: Path, *, is_ours: bool) -> str | None:
             raise Damaged(problem) from problem
     if tables.issuperset(_TABLES):
         return ""  # only its application id is damaged
-    if application or tables or any(os.path.exists(f"{path}{suffix}") for suffix in ("-wal", "-journal")):
+    is_empty = not tables and pages <= 1  # of more, without a table, the rows may still be there
+    if application or not is_empty or any(os.path.exists(f"{path}{suffix}") for suffix in ("-wal", "-journal")):
         raise _foreign(path)
     return None
 

@@ -589,6 +589,61 @@ def test_killed_at_any_step_nothing_is_lost(
     assert step >= 9
 
 
+def test_an_error_at_any_step_is_gone_on_from_and_nothing_is_lost(
+    outbox_factory: MakeOutbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once, as of a disk that has a bad moment: the second attempt, by the same process, must not begin anew."""
+    before = fill(tmp_path / "whole", checkpointed=False)
+    first_page(tmp_path / "whole" / "outbox.db")
+    step = 0
+    while True:
+        folder = tmp_path / f"failed-{step}"
+        shutil.copytree(tmp_path / "whole", folder)
+        with monkeypatch.context() as patch:
+            failed = _fail_at(step, patch)
+            with contextlib.suppress(OutboxUnavailable):
+                outbox_factory(folder=folder, write_key="key").close()
+        outbox = outbox_factory(folder=folder, write_key="key")
+        assert content(outbox) == before, step
+        assert outbox.put(b'{"new":1}', 1)
+        outbox.close()
+        outbox = outbox_factory(folder=folder, write_key="key")
+        assert list(content(outbox)).count(outbox.last_id()) == 1
+        assert outbox.pending() == PENDING + 1, step
+        name, *others = kept_sets(folder)
+        assert not others or failed == ["sync_folder"], step  # a whole new one is replaced as well, which loses nothing
+        for suffix in ("", "-wal"):
+            whole = (tmp_path / "whole" / f"outbox.db{suffix}").read_bytes()
+            assert (folder / f"{name}{suffix}").read_bytes() == whole, step
+        assert not list(folder.glob("*.salvaged")), step
+        outbox.close()
+        if not failed:
+            break
+        step += 1
+    assert step >= 5
+
+
+def _fail_at(step: int, patch: pytest.MonkeyPatch) -> list[str]:
+    """Let the call number `step` of those that move files fail, before it does anything; it is in the list then."""
+    count = 0
+    failed: list[str] = []
+
+    def failing(name: str, real: Callable[..., object]) -> Callable[..., object]:
+        def call(*arguments: object) -> object:
+            nonlocal count
+            number, count = count, count + 1
+            if number == step:
+                failed.append(name)
+                raise OSError(5, "Input/output error")
+            return real(*arguments)
+
+        return call
+
+    for owner, name in ((quarantine.os, "rename"), (quarantine.os, "unlink"), (quarantine, "sync_folder")):
+        patch.setattr(owner, name, failing(name, getattr(owner, name)))
+    return failed
+
+
 def _die_at(step: int, *, after: bool) -> None:
     """In a child: end at the call number `step` of those that change the files, before or after it."""
     count = 0
