@@ -42,6 +42,7 @@ class Upkeep:
         self._ending = threading.Event()
         self._trouble = Limiter(60.0, clock)
         self._least_used, self._least_at = 1 << 62, 0.0  # pages that were in use at the least, lately, and since when
+        self._is_uncut = False  # a reader was in the way when the files were to be cut
         self._wal.watch(self.written)
 
     def written(self) -> None:
@@ -116,8 +117,10 @@ class Upkeep:
             if self._ending.is_set():
                 return
             is_shorter = self._is_large() and (is_quiet or self._is_steady()) and self._give_back()
-            if is_shorter or (is_quiet and self._wal.size() > self._database.reserve.size):
-                self._wal.checkpoint(truncate=is_quiet)
+            if is_shorter or self._is_uncut or (is_quiet and self._wal.size() > self._database.reserve.size):
+                self._is_uncut = not self._wal.checkpoint(truncate=is_quiet)
+            if self._is_uncut and is_quiet:
+                self._written.set()  # nobody writes, and so nobody else says that it is to be tried again
         except OutboxError as problem:
             self._complain(problem)
 
