@@ -105,8 +105,8 @@ class Delivery:
     def step(self, *, hurry: bool = False, within: float | None = None) -> Step:
         """Do one thing.  Raises `OutboxError` if the outbox fails; the next step then takes up where this one was.
 
-        `hurry`: go before the end of a backoff, unless the receiver asked for it.  `within`: seconds that each wait
-        for the network may take, if less than the `timeout` setting.
+        `hurry`: go before the end of a backoff, unless the receiver asked for it.  `within`: in the place of the
+        `timeout` setting, if it is less.
         """
         if self._delivered is not None:
             return self._ack(self._delivered)

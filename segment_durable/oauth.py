@@ -54,7 +54,7 @@ class Tokens:
         """A token that is good now.
 
         If a new one is needed, one thread fetches it through its `transport` while the others wait for it.  Raises
-        `TokenRefused`.  `timeout`: seconds for each wait of one request.
+        `TokenRefused`.  `timeout`: seconds as for a `Transport`.
         """
         if not self._lock.acquire(timeout=2 * timeout + 1):
             raise TokenRefused(Outcome(Kind.UNREACHABLE, code="oauth", message="another thread is waiting for a token"))

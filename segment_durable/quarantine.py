@@ -43,9 +43,7 @@ def set_aside(path: Path, raise_generation: Callable[[], None]) -> str:
     returns: the last one to be closed would copy a WAL into it that need not be its own.  Raises `sqlite3.Error` or
     `OSError`, and then the next call, by any process, goes on from there.
     """
-    left = finish(
-        path
-    )  # an attempt that failed after the new one was whole: what lies at `path` may be half of the old
+    left = finish(path)  # of an attempt that failed: what lies at `path` may be half of the old one
     if left is not None:
         return left
     kept = _new_name(path)

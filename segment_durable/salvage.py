@@ -11,7 +11,7 @@ import os
 import re
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ _SHAPES: dict[str, tuple[type, ...]] = {"event": (int, bytes), "dead": (int, int
 _TIMES = {"event": 1, "dead": 2}  # how many columns of these are times
 _SOURCE = {"source_salt": re.compile("[0-9a-f]{32}"), "source_digest": re.compile("[0-9a-f]{64}")}
 _OUTBOX_ID = re.compile("[0-9a-f]{32}")
+_IN_EACH_MESSAGE = ("type", "messageId")
 _MARGIN = 1_000_000  # ids that are skipped where it is not known which ones were given
 _LEAST_ROW_BYTES = 8
 _DAY = 86_400_000  # milliseconds
@@ -71,15 +72,13 @@ class _Source:
         for row in self.trees.rows(1):
             if len(row.values) >= 4 and row.values[0] == "table" and row.values[1] in _ROOTS:
                 self._roots[row.values[1]] = row.values[3] if isinstance(row.values[3], int) else 0
+        # Without a sign of that it may be another application's, whose rows must not be sent.
+        self._is_ours = self._has_our_number() or self.outbox_id() is not None or self.state() is not None
 
     def is_whole(self) -> bool:
         """Whether it is an outbox of which every page can be read."""
-        try:
-            application = int.from_bytes(self._pages.page(1)[68:72], "big")
-        except Broken:
-            return False
         # What the counters are tells nothing of whose WAL it is, but there has to be one row of them.
-        if application != APPLICATION_ID or self._counters() is None or self.outbox_id() is None:
+        if not self._has_our_number() or self._counters() is None or self.outbox_id() is None:
             return False
         return all(not row.stray for table in _SHAPES for row in self.trees.rows(self._roots[table])) and (
             self.trees.broken == 0
@@ -107,6 +106,12 @@ class _Source:
         found = self._counters()
         return found if found and all(isinstance(each, int) and each >= 0 for each in found) else None
 
+    def _has_our_number(self) -> bool:
+        try:
+            return int.from_bytes(self._pages.page(1)[68:72], "big") == APPLICATION_ID
+        except Broken:
+            return False
+
     def _counters(self) -> list[Any] | None:
         found = [row.values[1:8] for row in self.trees.rows(self._roots["state"])]
         return found[0] if len(found) == 1 and len(found[0]) == 7 else None
@@ -121,7 +126,7 @@ class _Source:
             *facts, body = row.values[1 : len(shape) + 1]
             if isinstance(body, str):  # of one bit another value, and the same bytes
                 body = body.encode()
-            if not isinstance(body, bytes) or not _is_event(body):
+            if not isinstance(body, bytes) or not _is_event(body, () if self._is_ours else _IN_EACH_MESSAGE):
                 continue
             # Without what else is known of it an event can be delivered all the same.
             facts = [value if isinstance(value, kind) else kind() for value, kind in zip(facts, shape)]
@@ -201,9 +206,10 @@ def _books(state: list[int] | None, last: int, pending: int, dead: int) -> tuple
     return 0, 0, 0, 0, None
 
 
-def _is_event(body: bytes) -> bool:
-    """Whether it is a message still: one that is none would have its whole batch refused."""
+def _is_event(body: bytes, names: Collection[str]) -> bool:
+    """Whether it is a message still, with those names in it: one that is none would have its whole batch refused."""
     try:
-        return isinstance(json.loads(body), dict)
+        message = json.loads(body)
     except (ValueError, RecursionError):
         return False
+    return isinstance(message, dict) and message.keys() >= set(names)

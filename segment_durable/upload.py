@@ -54,8 +54,8 @@ class Uploader:
     def upload(self, events: bytes, attempt: int, *, within: float | None = None) -> Outcome:
         """Post the joined `events`; never raises for what the network does.
 
-        `attempt` is how many attempts there were before.  `within`: seconds for each wait, if less than the
-        `timeout` setting.
+        `attempt` is how many attempts there were before.  `within`: seconds for connecting, for sending and for
+        the answer, if less than the `timeout` setting.
         """
         timeout = self._timeout if within is None else max(0.001, min(self._timeout, within))
         if self._tokens is None:

@@ -131,7 +131,6 @@ def test_what_can_not_be_told_from_a_damaged_outbox_is_kept_under_another_name(
     assert (folder / name).read_bytes() == damaged
 
 
-@pytest.mark.xfail(strict=True, reason="what looks like a table of events is salvaged, whosever it is")
 @pytest.mark.parametrize("damage", [first_page, no_magic], ids=lambda each: each.__name__)
 def test_none_of_its_rows_become_events(
     outbox_factory: MakeOutbox, folder: Path, damage: Callable[[Path], None]
