@@ -52,8 +52,8 @@ _BUSY_LOOK = 0.5  # seconds after which a sender looks again at leases of others
 
 # The first id is looked up apart: that costs less than an aggregate, by as much as the comparison takes.
 _JOINED = """
-SELECT count(*), (SELECT min(id) FROM event WHERE id >= ?1), max(id), CAST(group_concat(body, ',') AS BLOB)
-FROM (SELECT id, body FROM event WHERE id BETWEEN ?1 AND ?2 AND body >= x'' ORDER BY id LIMIT ?3)
+SELECT count(*), (SELECT min(id) FROM event WHERE id >= ?), max(id), CAST(group_concat(body, ',') AS BLOB)
+FROM (SELECT id, body FROM event WHERE id BETWEEN ? AND ? AND body >= x'' ORDER BY id LIMIT ?)
 """
 _UNSOUND = f"SELECT 1 FROM event WHERE id BETWEEN ? AND ? AND {UNSOUND_BODY} LIMIT 1"
 
@@ -208,7 +208,7 @@ class Outbox:
         SQLite joins them in one step.  Python's sqlite3 gives the interpreter lock away at each step, and beside a
         busy caller every time costs more than the row does.
         """
-        count, low, high, events = self.db.read_one(_JOINED, (first, last, limit))
+        count, low, high, events = self.db.read_one(_JOINED, (first, first, last, limit))
         end = high if count == limit else last
         if count != end - first + 1:  # some have left, or were passed over because they are damaged
             with self.db.read() as connection:
