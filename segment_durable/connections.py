@@ -248,7 +248,10 @@ class Connections:
             if not self._reserve.make():
                 self._admission.refuse(disk_full())
         except (Damaged, sqlite3.Error, OSError) as problem:
-            self._hold(connection)
+            if isinstance(problem, sqlite3.Error) and is_damage(storage_error(problem)):
+                self._hold(connection)
+            elif connection is not None:
+                connection.close()
             raise unavailable(self.path, problem) from problem
         finally:
             if old is not None:
