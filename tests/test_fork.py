@@ -39,8 +39,28 @@ in_c = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="calls th
 
 
 def fork_in_c() -> int:
-    """As uWSGI does without threads: no hook of Python's runs, and nobody else has the interpreter lock meanwhile."""
+    """As uWSGI does without threads: no hook of Python's runs, and nobody else has the interpreter lock meanwhile.
+
+    Nor does anybody wait for it: that would hang the child inside CPython, for the C library's condition variables wait
+    for the waiters that they remember.
+    """
+    for _ in range(200):
+        before = _wake_ups()
+        time.sleep(0.01)  # in which who waits for the interpreter lock gets it, and goes to rest
+        if _wake_ups() == before:
+            break
     return ctypes.PyDLL(None).fork()
+
+
+def _wake_ups() -> dict[str, int]:
+    """How often each other thread of this process has been woken."""
+    found = {}
+    for task in Path("/proc/self/task").iterdir():
+        if int(task.name) != threading.get_native_id():
+            with contextlib.suppress(FileNotFoundError):
+                lines = dict(line.split(":\t") for line in (task / "status").read_text().splitlines() if ":\t" in line)
+                found[task.name] = int(lines["voluntary_ctxt_switches"])
+    return found
 
 
 def in_child(work: Callable[[], Any], fork: Callable[[], int] = os.fork) -> int:
