@@ -72,6 +72,7 @@ __version__ = VERSION
 default_client: Client | None = None
 """The client behind the calls of this module, made at the first of them; set it to None to have it made anew."""
 
+_unopened: _Unopened | None = None
 _lock = _PatientLock()
 
 
@@ -89,6 +90,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from segment_durable.client import Client
+    from segment_durable.unopened import Unopened as _Unopened
 
     write_key: str | None
     host: str | None
@@ -179,18 +181,26 @@ else:
         return _default_client().stats()
 
 
-def _default_client() -> Client:
-    global default_client
+def _default_client() -> Client | _Unopened:
+    global default_client, _unopened
     client = default_client
     if client is not None:
         return client
     from segment_durable.client import Client
 
     with _lock:
-        if default_client is None:
-            settings = globals()
-            default_client = Client(**{name: settings[name] for name in DEFAULTS})
-        return default_client
+        if default_client is not None:
+            return default_client
+        if _unopened is None or _unopened.is_over:
+            settings = {name: globals()[name] for name in DEFAULTS}
+            try:
+                default_client, _unopened = Client(**settings), None
+                return default_client
+            except OutboxUnavailable as problem:
+                from segment_durable.unopened import Unopened as _Unopened
+
+                _unopened = _Unopened(settings, problem)
+        return _unopened
 
 
 def __getattr__(name: str) -> Any:

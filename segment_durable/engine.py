@@ -25,7 +25,7 @@ from segment_durable.delivery import Delivery, Reporter
 from segment_durable.errors import ConfigError, OutboxDamaged, OutboxError, OutboxFull, OutboxUnavailable
 from segment_durable.limiter import Limiter
 from segment_durable.locks import abandon_inherited
-from segment_durable.outbox import Outbox
+from segment_durable.outbox import Outbox, other_source
 from segment_durable.sender import Sender
 from segment_durable.threads import PatientLock
 from segment_durable.transport import RequestsTransport, Transport
@@ -40,7 +40,10 @@ __all__ = ["Engine", "Member", "attach", "call", "detach"]
 log = logging.getLogger("segment.durable")
 
 # What decides where and as whom events are sent: clients that share an outbox must agree on it.
-_MUST_AGREE = ("host", "oauth_client_id", "oauth_key_id", "oauth_auth_server", "oauth_scope", "synchronous")
+_MUST_AGREE = (
+    *("host", "oauth_client_id", "oauth_client_key", "oauth_key_id", "oauth_auth_server", "oauth_scope"),
+    "synchronous",
+)
 # What the first client decides for all.
 _FIRST_DECIDES = (
     *("gzip", "max_retries", "timeout", "proxies", "thread", "upload_size", "upload_interval", "lease_seconds"),
@@ -70,12 +73,15 @@ class Engine:
         self.upkeep = Upkeep(self.outbox.db, clock)
         self.reporter = _Callbacks(self)
         self.sender = Sender(self.outbox, config, clock, self._make_delivery)
+        self._limit = 0
         self._full_log, self._full_call = Limiter(60.0, clock), Limiter(1.0, clock)
         self._trouble_log, self._trouble_call = Limiter(60.0, clock), Limiter(1.0, clock)
         self.outbox.db.damage.on_damaged = self._damaged
 
     def join(self, member: Member) -> None:
-        """Let a client in; raises `ConfigError` if it can't share this outbox."""
+        """Let a client in; raises `ConfigError` or `SourceMismatch` if it can't share this outbox."""
+        if member.config.write_key != self.config.write_key:
+            raise other_source(self.outbox.db.folder)
         for name in _MUST_AGREE:
             if getattr(member.config, name) != getattr(self.config, name):
                 raise ConfigError(
@@ -85,7 +91,7 @@ class Engine:
                 )
         differing = [n for n in _FIRST_DECIDES if getattr(member.config, n) != getattr(self.config, n)]
         if differing:
-            log.warning("%s: the settings of the first client on this outbox hold", ", ".join(differing))
+            log.warning("%s: the values of the first client on this outbox hold, not these", ", ".join(differing))
         self._members.add(member)
 
     def leave(self, member: Member) -> bool:
@@ -129,6 +135,7 @@ class Engine:
     def close(self, timeout: float) -> bool:
         """End the threads and close the files; whether the threads ended within `timeout` seconds."""
         self.closed = True
+        self._tell_rest()
         end = self.clock.boot() + timeout
 
         def close_files() -> None:
@@ -153,12 +160,26 @@ class Engine:
         return Delivery(self.outbox, uploader, self.config, self.clock, random.SystemRandom().random, self.reporter)
 
     def _full(self, limit: int, message: dict[str, Any]) -> None:
-        times = self._full_log.tick()
+        self._limit = limit
+        self._tell_full(self._full_log.tick(), self._full_call.tick(), [message])
+
+    def _tell_full(self, logged: int, called: int, messages: list[dict[str, Any]]) -> None:
+        """Tell of so many refused events, in the log and to `on_error`; 0: not there."""
+        if logged:
+            log.warning(
+                "the outbox is full (max_queue_size=%d, 0 means no limit): events refused since last told: %d",
+                self._limit,
+                logged,
+            )
+        if called:
+            self.reporter.call_on_error(OutboxFull(self._limit, called), messages)
+
+    def _tell_rest(self) -> None:
+        """At the end: what was kept back because so much of it had just been told."""
+        self._tell_full(self._full_log.rest(), self._full_call.rest(), [])
+        times = self._trouble_log.rest()
         if times:
-            log.warning("the outbox is full (max_queue_size=%d): %d events were refused", limit, times)
-        times = self._full_call.tick()
-        if times:
-            self.reporter.call_on_error(OutboxFull(limit, times), [message])
+            log.error("the outbox could not be written %d more times", times)
 
     def _damaged(self, problem: OutboxDamaged) -> None:
         log.error("%s", problem)

@@ -29,3 +29,9 @@ class Limiter:
             self._next = now + self._interval
             count, self._count = self._count, 0
             return count
+
+    def rest(self) -> int:
+        """How often this has happened since it was last told, however long ago that is."""
+        with self._lock:
+            count, self._count = self._count, 0
+            return count

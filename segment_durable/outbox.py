@@ -44,7 +44,7 @@ from segment_durable.soundness import UNSOUND_BODY, Kinds, all_sound, are_books_
 from segment_durable.sqlite_errors import is_damage
 from segment_durable.views import TOTALS, read_backoff, read_leases, read_stats
 
-__all__ = ["Outbox"]
+__all__ = ["Outbox", "other_source"]
 
 _NO_LIMIT = 1 << 62
 _ERASED_AT_ONCE = 5_000  # events in one transaction
@@ -481,9 +481,7 @@ class Outbox:
             if not (_SALT.fullmatch(facts["source_salt"]) and _DIGEST.fullmatch(facts["source_digest"])):
                 raise malformed()
         if not hmac.compare_digest(facts["source_digest"], _digest(facts["source_salt"], write_key)):
-            raise SourceMismatch(
-                self.db.folder, "this outbox belongs to another write_key: give each source an outbox_dir of its own"
-            )
+            raise other_source(self.db.folder)
 
     def _sort_leases(self, connection: sqlite3.Connection, now: float) -> tuple[list[Any], list[Any]]:
         living: list[Any] = []
@@ -517,6 +515,10 @@ def _count(connection: sqlite3.Connection, change: str, parameters: tuple[int, .
     """Set counters of the table `state`; raises what SQLite does of a damaged database if one is no number."""
     if connection.execute(_COUNT.format(change), parameters).rowcount != 1:
         raise malformed()
+
+
+def other_source(folder: Path) -> SourceMismatch:
+    return SourceMismatch(folder, "this outbox belongs to another write_key: give each source an outbox_dir of its own")
 
 
 def _digest(salt: str, write_key: str) -> str:

@@ -396,6 +396,27 @@ def test_another_write_key_is_refused(make_client: MakeClient, tmp_path: Path) -
     assert "other-key" not in str(caught.value)
 
 
+@pytest.mark.parametrize("deliver", [True, False])
+def test_another_write_key_is_refused_beside_a_client_that_is_open(make_client: MakeClient, deliver: bool) -> None:
+    """Its events would go out under the key of that one."""
+    make_client("one-key", deliver=deliver)
+    with pytest.raises(SourceMismatch, match="outbox_dir"):
+        make_client("other-key", deliver=not deliver)
+
+
+def test_the_last_events_that_were_refused_are_told_at_the_end(
+    make_client: MakeClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first one is told at once, and then there are too many to tell of each."""
+    errors: list[Exception] = []
+    client = make_client(deliver=False, max_queue_size=2, on_error=lambda error, items: errors.append(error))
+    assert [client.track("u", "e")[0] for _ in range(10)] == [True, True, *[False] * 8]
+    client.shutdown()
+    assert [error.refused for error in errors if isinstance(error, OutboxFull)] == [1, 7]
+    told = [record.getMessage() for record in caplog.records if "is full" in record.getMessage()]
+    assert [line.rsplit(" ", 1)[1] for line in told] == ["1", "7"]
+
+
 def test_a_client_for_each_source(make_client: MakeClient, receiver: Receiver, tmp_path: Path) -> None:
     clients = [make_client(f"key-{n}", outbox_dir=tmp_path / str(n)) for n in range(3)]
     for n, client in enumerate(clients):

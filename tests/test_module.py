@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -16,6 +17,8 @@ import pytest
 import segment_durable
 from segment_durable import client as client_module
 from segment_durable.config import DEFAULTS
+from segment_durable.errors import InvalidMessage, OutboxUnavailable
+from segment_durable.testing import Receiver
 
 HEAVY = ["jwt", "cryptography", "requests", "sqlite3", "orjson", "tenacity", "platformdirs", "urllib3", "dateutil"]
 
@@ -92,6 +95,35 @@ def test_every_public_name_has_a_docstring() -> None:
             for key, member in vars(each).items():
                 if not key.startswith("_") and (inspect.isfunction(member) or isinstance(member, property)):
                     assert member.__doc__, f"{name}.{key}"
+
+
+def test_calls_return_false_while_the_outbox_cannot_be_opened_and_go_on_when_it_can(
+    analytics: ModuleType, receiver: Receiver, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A call of the module is on a request's path: what the disk does must not fail the request."""
+    (tmp_path / "file").touch()
+    errors: list[tuple[Exception, list[Any]]] = []
+    analytics.outbox_dir = tmp_path / "file" / "outbox"
+    analytics.on_error = lambda error, items: errors.append((error, items))
+    accepted, message = analytics.track("u", "e")
+    assert (accepted, message["event"]) == (False, "e")
+    assert analytics.identify("u")[0] is False
+    with pytest.raises(InvalidMessage):
+        analytics.track()
+    assert analytics.flush(1) is False
+    with pytest.raises(OutboxUnavailable):
+        analytics.stats()
+    assert analytics.shutdown() is True
+    ((error, items),) = errors
+    assert isinstance(error, OutboxUnavailable)
+    assert items == [message]
+    (told,) = [record for record in caplog.records if "no event is accepted" in record.getMessage()]
+    assert "outbox_dir" in told.getMessage()
+    (tmp_path / "file").unlink()
+    analytics._unopened._until = 0.0
+    assert analytics.track("u", "e")[0] is True
+    assert analytics.flush(20) is True
+    assert [event["event"] for event in receiver.unique] == ["e"]
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

@@ -1,0 +1,59 @@
+"""What stands in for the module's client while its outbox can't be opened: it accepts nothing, and raises nothing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from segment_durable.client import Client
+from segment_durable.clock import SystemClock
+from segment_durable.engine import call
+from segment_durable.errors import OutboxUnavailable
+from segment_durable.limiter import Limiter
+from segment_durable.records import OutboxStats
+
+__all__ = ["Unopened"]
+
+log = logging.getLogger("segment.durable.client")
+
+_TRY_AGAIN = 1.0  # seconds until the next call tries to open the outbox
+
+
+class Unopened:
+    """Has the methods of a `Client` with these `settings`; `problem` is why there is none."""
+
+    _log = Limiter(60.0, SystemClock())
+
+    def __init__(self, settings: dict[str, Any], problem: OutboxUnavailable) -> None:
+        self._client = Client(**{**settings, "send": False})  # checks what is passed, and encodes it
+        self._on_error = settings["on_error"]
+        self._problem = problem
+        self._clock = SystemClock()
+        self._told = Limiter(1.0, self._clock)
+        self._until = self._clock.boot() + _TRY_AGAIN
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it is time to try again."""
+        return self._clock.boot() >= self._until
+
+    def __getattr__(self, name: str) -> Callable[..., tuple[bool, dict[str, Any]]]:
+        """`track` and the other calls that take an event."""
+        take = getattr(self._client, name)
+        return lambda *arguments, **named: self._refuse(take(*arguments, **named)[1])
+
+    def flush(self, timeout: float | None = None) -> bool:
+        log.error("flush: %s", self._problem)
+        return False
+
+    def stats(self) -> OutboxStats:
+        raise self._problem
+
+    def _refuse(self, message: dict[str, Any]) -> tuple[bool, dict[str, Any]]:
+        times = self._log.tick()
+        if times:
+            log.error("no event is accepted (%d calls so far): %s", times, self._problem)
+        if self._on_error is not None and self._told.tick():
+            call(self._on_error, "on_error", self._problem, [message])
+        return False, message
