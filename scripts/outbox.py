@@ -1,24 +1,25 @@
 #!/usr/bin/env python3
-"""The `segment-durable` command from a checkout, without an installation: `python3 scripts/outbox.py status DIR`."""
+"""The `segment-durable` command from a checkout: `scripts/outbox.py status DIR`.
 
+Makes .venv and installs the project into it first, unless this Python has what it needs.
+"""
+
+import os
 import sys
-from pathlib import Path
 
-if sys.version_info < (3, 10):  # noqa: UP036 (nobody has installed this, so nobody has checked it)
-    print("segment-durable: Python 3.10 or newer is needed", file=sys.stderr)
-    sys.exit(2)
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:1] = [os.path.dirname(HERE), HERE]
 
 
-def run() -> int:
+def run():
     try:
         from segment_durable.cli import main
+    except (ImportError, SyntaxError):  # a dependency is missing, or this Python is too old
+        import _venv
 
-        return main()
-    except ModuleNotFoundError as problem:
-        print(f"segment-durable: the module {problem.name} is missing: pip install segment-durable", file=sys.stderr)
-        return 2
+        _venv.run_inside()
+        raise
+    return main()
 
 
 if __name__ == "__main__":

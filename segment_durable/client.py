@@ -15,7 +15,7 @@ from segment_durable import engine as engines
 from segment_durable.clock import SystemClock
 from segment_durable.config import DEFAULTS, Config
 from segment_durable.encoding import plain
-from segment_durable.errors import OutboxError
+from segment_durable.errors import ConfigError, OutboxError
 from segment_durable.limiter import Limiter
 from segment_durable.message import compose, encode_message
 from segment_durable.records import OutboxStats
@@ -191,6 +191,7 @@ class Client:
         (`max_retries`, `max_total_backoff_duration`, `max_rate_limit_duration`).  With `deliver=False` the events are
         another process's to deliver: `None` does not wait for that, a number does.  With `send=False` it is True.
         """
+        _check_timeout(timeout)
         if not self._config.send:
             return True
         while True:
@@ -216,6 +217,7 @@ class Client:
         `timeout`: seconds for all of that; what is left then stays on disk and goes out at the next start.  `None`
         as for `flush`.  May be called again; a later call of another method opens everything again.
         """
+        _check_timeout(timeout)
         engine = self._engine
         if engine is None or engine.pid != getpid():
             return True
@@ -332,6 +334,11 @@ class Client:
         except Exception:
             log.exception("before_send raised; the message is taken as it was")
             return message
+
+
+def _check_timeout(timeout: object) -> None:
+    if timeout is not None and (not isinstance(timeout, (int, float)) or timeout != timeout):
+        raise ConfigError("timeout", f"must be a number of seconds or None, not {type(timeout).__name__}")
 
 
 def _nothing() -> None:

@@ -105,7 +105,9 @@ class Config:
         if not isinstance(key, str):
             raise ConfigError("write_key", f"must be a str, not {_kind(key)}: set it to your source's write key")
         if not key.strip() or not key.isascii() or not key.isprintable() or ":" in key:
-            raise ConfigError("write_key", "must be your source's write key: plain ASCII, not empty, without a colon")
+            raise ConfigError(
+                "write_key", "must be your source's write key: plain ASCII, not empty, without a colon or a line break"
+            )
 
     def _check_synchronous(self) -> None:
         value = self.synchronous
@@ -196,8 +198,9 @@ def _check_path(name: str, value: object) -> None:
 
 
 def _url(name: str, value: object) -> str:
+    example = DEFAULTS[name] or DEFAULT_HOST
     if not isinstance(value, str):
-        raise ConfigError(name, f"must be a URL such as {DEFAULT_HOST}, not {_kind(value)}")
+        raise ConfigError(name, f"must be a URL such as {example}, not {_kind(value)}")
     text = value.strip()
     if "://" not in text:
         text = f"https://{text}"  # the user guide names hosts without a scheme
@@ -205,7 +208,7 @@ def _url(name: str, value: object) -> str:
         parts = urlsplit(text)
         port = parts.port
     except ValueError:
-        raise ConfigError(name, f"is not a URL: use one such as {DEFAULT_HOST}") from None
+        raise ConfigError(name, f"is not a URL: use one such as {example}") from None
     if (
         parts.scheme not in ("http", "https")
         or not parts.hostname
@@ -213,9 +216,9 @@ def _url(name: str, value: object) -> str:
         or not text.isprintable()
         or " " in text
     ):
-        raise ConfigError(name, f"must be an http or https URL such as {DEFAULT_HOST}")
+        raise ConfigError(name, f"must be an http or https URL such as {example}")
     if any(each in text for each in "?#@\\"):
-        raise ConfigError(name, f"must have no user, query or fragment: use one such as {DEFAULT_HOST}")
+        raise ConfigError(name, f"must have no user, query or fragment: use one such as {example}")
     return text.rstrip("/")
 
 
@@ -227,7 +230,7 @@ def _flag(name: str, value: object) -> bool:
 
 def _whole(name: str, value: object, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**62:
-        hint = "; 0 means no limit" if name == "max_queue_size" else ""
+        hint = " (0: no limit)" if name == "max_queue_size" else ""
         what = "" if type(value) is int else f", not {_kind(value)}"
         raise ConfigError(name, f"must be a whole number of at least {least}{hint}{what}")
 
@@ -236,6 +239,8 @@ def _seconds(name: str, value: object, *, zero: bool) -> float:
     if isinstance(value, (int, float)) and not isinstance(value, bool) and (value > 0 or (zero and value == 0)):
         return min(value, _FOREVER)
     # "non-negative number" is how upstream words it for the two durations.
-    rule = "must be a non-negative number" if zero else "must be a number above 0"
-    found = f"{value:g}" if type(value) is float else "that" if type(value) is int else _kind(value)
-    raise ConfigError(name, f"{rule} of seconds, not {found}")
+    rule = "must be a non-negative number of seconds" if zero else "must be a number of seconds above 0"
+    found = f"{value:g}" if type(value) is float else _kind(value)
+    if type(value) is int:  # of any length
+        found = "0" if value == 0 else "a negative one"
+    raise ConfigError(name, f"{rule}, not {found}")

@@ -195,7 +195,9 @@ def make_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise OutboxUnavailable(folder, "is not a folder: set outbox_dir to a folder")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise OutboxUnavailable(folder, "is not writable for this user: set outbox_dir to a folder that is")
+        raise OutboxUnavailable(
+            folder, "is not writable for this user: run as its owner, or set outbox_dir to a folder of this user's"
+        )
 
 
 def _create(path: Path, *, is_ours: bool) -> bool:

@@ -366,8 +366,10 @@ def _at_exit() -> None:
         config = engine.config
         end = engine.clock.boot() + config.shutdown_timeout
         try:
-            if config.deliver and config.send:
-                engine.sender.flush(config.shutdown_timeout)
+            if config.deliver and config.send and not engine.sender.flush(config.shutdown_timeout):
+                pending = engine.outbox.pending()
+                if pending:
+                    log.warning("events that stay on disk, for the next process that delivers: %d", pending)
         except OutboxError as problem:
             log.error("at exit: %s", problem)
         engine.close(max(0.0, end - engine.clock.boot()))

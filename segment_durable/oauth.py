@@ -162,7 +162,9 @@ def _private_key(source: str | bytes | os.PathLike[str] | None) -> RSAPrivateKey
         try:
             pem = Path(source or "").expanduser().read_bytes()
         except (OSError, ValueError, RuntimeError):  # RuntimeError: "~name" of nobody
-            raise ConfigError(name, "must be a private key in PEM form, or the path of a file that holds one") from None
+            raise ConfigError(
+                name, "must be a private key in PEM form, or the path of a file that is there and holds one"
+            ) from None
     try:
         key = load_pem_private_key(pem.strip(), password=None)  # older versions read no blanks before the first line
     except TypeError:

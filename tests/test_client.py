@@ -212,6 +212,14 @@ def test_flush_join_and_shutdown_twice_in_any_order(
     assert sender_threads() == []
 
 
+@pytest.mark.parametrize("timeout", ["1", float("nan"), [1]])
+def test_a_timeout_that_is_no_number_is_named(make_client: MakeClient, timeout: Any) -> None:
+    client = make_client()
+    for method in (client.flush, client.shutdown):
+        with pytest.raises(ConfigError, match="timeout must be a number of seconds or None"):
+            method(timeout)
+
+
 def test_a_client_is_a_context_manager_that_flushes(make_client: MakeClient, receiver: Receiver) -> None:
     with make_client() as client:
         client.track("u", "e")

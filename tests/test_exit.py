@@ -42,7 +42,8 @@ def test_a_script_that_just_ends_delivers(receiver: Receiver, tmp_path: Path, mo
 
 def test_the_exit_is_bounded_and_what_is_left_goes_out_at_the_next_start(receiver: Receiver, tmp_path: Path) -> None:
     receiver.always(Hang())
-    _, seconds = run("analytics.shutdown_timeout = 0.5; analytics.track('u', 'kept')", receiver, tmp_path)
+    said, seconds = run("analytics.shutdown_timeout = 0.5; analytics.track('u', 'kept')", receiver, tmp_path)
+    assert said == "events that stay on disk, for the next process that delivers: 1\n"
     assert seconds < 10
     receiver.always(None)
     receiver.release()

@@ -111,7 +111,10 @@ def _only_outbox() -> Path:
     if len(found) == 1:
         return found[0]
     if found:
-        raise OutboxUnavailable(base, f"holds several outboxes, name one: {', '.join(each.name for each in found)}")
+        paths = ", ".join(map(str, found))
+        raise OutboxUnavailable(
+            base, f"holds several outboxes: use --write-key KEY, SEGMENT_WRITE_KEY, or --outbox with one of {paths}"
+        )
     raise OutboxUnavailable(
         base, f"no outbox was found here: use --outbox DIR, --write-key KEY, or set {ENVIRONMENT_DIR}"
     )
