@@ -149,8 +149,11 @@ class Connections:
         return name
 
     def _hold(self, connection: sqlite3.Connection | None) -> None:
+        """Keep it open, and no older one: it is not the last one to be closed then, or to a file that was renamed."""
         if connection is not None and connection is not self._connection:
-            self._held.append(connection)
+            older, self._held = self._held, [connection]
+            for each in older:
+                each.close()
 
     # -- life
 
@@ -248,7 +251,10 @@ class Connections:
             if not self._reserve.make():
                 self._admission.refuse(disk_full())
         except (Damaged, sqlite3.Error, OSError) as problem:
-            if isinstance(problem, sqlite3.Error) and is_damage(storage_error(problem)):
+            self._connection = None  # or it would be used, which it may have been made for by then
+            if isinstance(problem, Damaged):
+                self._hold(problem.connection)
+            elif isinstance(problem, sqlite3.Error) and is_damage(storage_error(problem)):
                 self._hold(connection)
             elif connection is not None:
                 connection.close()

@@ -222,7 +222,7 @@ def _create(path: Path, *, is_ours: bool) -> bool:
     new = path.with_name(f"{path.name}.new")
     create(new)
     # Those of a database that is gone would be taken for the new one's.
-    for left in (f"{path}-journal", f"{path}-wal"):
+    for left in (f"{path}-journal", f"{path}-wal", f"{path}-shm"):
         Path(left).unlink(missing_ok=True)
     os.replace(new, path)
     sync_folder(path.parent)

@@ -63,6 +63,7 @@ class Database:
         """One transaction of the only writer; rolled back if the block raises.  It may not be nested."""
         with self.connections.writer() as connection, self.connections.translated():
             connection.execute("BEGIN IMMEDIATE")
+            before = connection.total_changes
             try:
                 yield connection
                 connection.execute("COMMIT")
@@ -71,7 +72,9 @@ class Database:
                 if isinstance(problem, sqlite3.Error):
                     self.admission.note(storage_error(problem))
                 raise
-        self.wal.wrote(4 * PAGE_SIZE)
+            is_changed = connection.total_changes != before
+        if is_changed:
+            self.wal.wrote(4 * PAGE_SIZE)
 
     def write_one(self, statement: str, parameters: tuple[Any, ...], ready: Callable[[], None] | None = None) -> int:
         """One statement in a transaction of its own, which is what a put is; how many rows it changed.
@@ -131,6 +134,6 @@ class Database:
         return pages - free, free
 
     def version(self) -> int:
-        """A number that changes with each commit, by whatever process."""
+        """A number that changes with each commit, by whatever process; and now and then without one."""
         version: int = self.read_one("PRAGMA data_version")[0]
         return version

@@ -148,6 +148,16 @@ class Outbox:
         if self.db.read_one("SELECT min(id) FROM event")[0] is None:
             return NotNow("empty", None)  # found out without waiting for the writers
         self.db.space.check_delivery()
+        token = secrets.token_bytes(16)
+        try:
+            return self._lease(token, limit, seconds, batch, max_leases, hurry)
+        except BaseException:
+            self.db.lock.held.discard(token)  # or it would be taken for a lease that there is
+            raise
+
+    def _lease(
+        self, token: bytes, limit: int, seconds: float, batch: int, max_leases: int, hurry: bool
+    ) -> Lease | NotNow:
         with self.db.write() as connection:
             now = self._clock.boot()
             before = current_backoff(connection, self._clock)
@@ -170,7 +180,7 @@ class Outbox:
                 last -= (last - first + 1) % batch
             attempts = [before.failures + (before.first_throttle is not None)]
             attempts += take_over(connection, dead, first, last)
-            lease = Lease(secrets.token_bytes(16), first, last, max(attempts), now + seconds)
+            lease = Lease(token, first, last, max(attempts), now + seconds)
             connection.execute(
                 "INSERT INTO lease (first_id, last_id, token, attempt, holder, pid, boot_id, leased_at, deadline) "
                 "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -179,7 +189,7 @@ class Outbox:
                     *(os.getpid(), self._clock.boot_id(), now, lease.deadline),
                 ),
             )
-            self.db.lock.held.add(lease.token)  # on a rollback nobody will ever ask for that token
+            self.db.lock.held.add(lease.token)  # before anybody else can see the lease
         return lease
 
     @_after_damage
@@ -414,7 +424,7 @@ class Outbox:
 
     def load(self) -> tuple[int, int, int]:
         """The same; how many leases there are, dead ones included; and how many of them are not this process's."""
-        own = len(self.db.lock.held)  # before the look: then one of this process is rather taken for another's
+        own = len(self.db.lock.held)  # nearly: leases come and go meanwhile
         last, _, delivered, buried, erased, expired, _, _, leases = self._totals()
         return last - delivered - buried - erased - expired, leases, leases - own
 

@@ -164,6 +164,8 @@ class _Answer(http.client.HTTPResponse):
         # for that to the next request on the connection.
         while True:
             status: tuple[str, int, str] = super()._read_status()  # type: ignore[misc]
+            if status[1] == 101:  # which answers a question that was not asked
+                raise http.client.BadStatusLine("101")
             if not 101 < status[1] < 200:
                 return status
             http.client.parse_headers(self.fp)

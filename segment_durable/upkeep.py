@@ -1,7 +1,7 @@
 """The thread that keeps an outbox's files in order: syncs, checkpoints, space given back.
 
 It bounds what a power cut takes with `synchronous="NORMAL"`, keeps checkpoints off the callers' backs, and is asleep
-while nothing is written.
+while nothing is written and nothing is left to be done.
 """
 
 from __future__ import annotations
@@ -118,11 +118,14 @@ class Upkeep:
                 return
             is_shorter = self._is_large() and (is_quiet or self._is_steady()) and self._give_back()
             if is_shorter or self._is_uncut or (is_quiet and self._wal.size() > self._database.reserve.size):
+                self._is_uncut = True
                 self._is_uncut = not self._wal.checkpoint(truncate=is_quiet)
-            if self._is_uncut and is_quiet:
-                self._written.set()  # nobody writes, and so nobody else says that it is to be tried again
+            if self._is_uncut or (self._is_large() and not is_quiet):
+                self._written.set()  # look again, also if this process does not write any more
         except OutboxError as problem:
             self._complain(problem)
+            self._written.set()
+            self._clock.wait(self._ending, _QUIET_SECONDS)
 
     def _is_large(self) -> bool:
         return self._database.space.database_size() > _TIDY_BYTES

@@ -418,6 +418,22 @@ def test_an_interim_answer_is_not_taken_for_the_final_one(transport: RequestsTra
         transport.close()
 
 
+def test_a_switch_of_protocols_is_no_answer(transport: RequestsTransport) -> None:
+    """Nobody asked for it, and what follows on that connection is not known."""
+
+    def answer(_: bytes, connection: socket.socket) -> bool:
+        if server.connections == 1:
+            connection.sendall(b"HTTP/1.1 101 Switching Protocols\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+        else:
+            connection.sendall(b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n")
+        return True
+
+    with Server(answer) as server:
+        assert failure(transport, server.url).kind == "connection"
+        assert post(transport, server.url).status == 503
+        transport.close()
+
+
 def test_an_answer_is_read_from_a_socket_of_pyopenssl() -> None:
     """urllib3.contrib.pyopenssl, which others may put into urllib3, has one that does not tell its timeout."""
 

@@ -13,9 +13,10 @@ import pytest
 
 from segment_durable import Client, upkeep, wal
 from segment_durable.clock import SystemClock
-from segment_durable.errors import StorageError
+from segment_durable.errors import OutboxBusy, StorageError
 from segment_durable.outbox import Outbox
 from segment_durable.records import Lease
+from segment_durable.reserve import Reserve
 from segment_durable.upkeep import Upkeep
 
 BODY = b'{"n":1}'
@@ -326,6 +327,50 @@ def test_files_that_a_reader_kept_from_being_cut_are_cut_when_it_ends(
     while outbox.db.space.size_on_disk() > upkeep._TIDY_BYTES:
         assert time.monotonic() < end
         tried.wait_for(1)
+
+
+@pytest.mark.parametrize("disturbed", ["another process", "a busy lock"])
+def test_what_comes_in_between_does_not_leave_the_files_large(
+    outbox: Outbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disturbed: str
+) -> None:
+    """Once, in the quiet second or when the files are to be cut; and nobody writes afterwards."""
+    other = Outbox(tmp_path / "outbox", SystemClock())
+    real = outbox.db.wal.checkpoint
+    times: list[float] = []
+
+    class Disturbed(SystemClock):
+        def wait(self, event: threading.Event, seconds: float) -> bool:
+            if seconds == upkeep._QUIET_SECONDS and not times and disturbed == "another process":
+                times.append(seconds)
+                other.put(BODY, 1)
+            return super().wait(event, seconds)
+
+    def checkpoint(*, truncate: bool = False) -> bool:
+        if truncate and not times and disturbed == "a busy lock":
+            times.append(0.0)
+            raise OutboxBusy("another process has been writing")
+        return real(truncate=truncate)
+
+    monkeypatch.setattr(upkeep, "_QUIET_SECONDS", 0.05)
+    monkeypatch.setattr(outbox.db.wal, "checkpoint", checkpoint)
+    monkeypatch.setattr(Reserve, "size", 64 << 20)  # the length of the WAL is no reason
+    body = b'"%b"' % (b"x" * 30_000)
+    for _ in range(400):
+        outbox.put(body, 1)
+    outbox.db.wal.checkpoint()
+    large = outbox.db.space.database_size()
+    lease = outbox.lease(190, 60)  # less than half: so it takes quiet
+    assert isinstance(lease, Lease)
+    outbox.ack(lease, lease.last)
+    keeper = Upkeep(outbox.db, Disturbed())
+    outbox.put(BODY, 1)
+    end = time.monotonic() + 30
+    pause = threading.Event()
+    while not times or outbox.db.space.database_size() > large * 0.6:
+        assert time.monotonic() < end
+        pause.wait(0.01)
+    assert keeper.stop(10)
+    other.close()
 
 
 def test_it_is_not_quiet_while_another_process_delivers(

@@ -16,6 +16,7 @@ import pytest
 from segment_durable import connections, database_file
 from segment_durable.errors import NotAnOutbox, OutboxError, OutboxUnavailable, SourceMismatch
 from segment_durable.outbox import Outbox
+from segment_durable.quarantine import kept_sets
 from segment_durable.records import Row
 
 from .workers import Worker
@@ -106,25 +107,64 @@ def test_an_empty_file_in_the_place_of_the_database_is_taken_over(
     assert outbox.put(b"x", 1)
 
 
-@pytest.mark.parametrize("deleted", ["outbox.db*", "outbox.[dr]*"])
+@pytest.mark.parametrize("left", ["", "-shm", "reserve"])
 def test_a_database_that_was_deleted_is_told_and_nobody_goes_on_writing_into_it(
     worker_factory: Callable[..., Worker],
     outbox_factory: Callable[..., Outbox],
     folder: Path,
     caplog: pytest.LogCaptureFixture,
-    deleted: str,
+    left: str,
 ) -> None:
-    """Told if the reserve is still there: without it, this may be a new outbox."""
+    """Told if the reserve is still there: without it, this may be a new outbox.
+
+    The shared memory is the old WAL's, and would be believed.
+    """
     worker = worker_factory()
     assert worker.call("put", b"lost", 1)
-    for each in folder.glob(deleted):
-        each.unlink()
+    for each in folder.glob("outbox.[dr]*"):
+        if not (left and each.name.endswith(left)):
+            each.unlink()
     outbox = outbox_factory()
     assert worker.call("put", b"kept", 1)
+    assert outbox.db.wal.checkpoint()
     assert [row.body for row in outbox.rows(0, 99)] == [b"kept"]
     assert outbox_factory().pending() == 1
+    assert kept_sets(folder) == {}
     told = [(record.name, "outbox.db was gone" in record.getMessage()) for record in caplog.records]
-    assert told == ([("segment.durable.outbox", True)] if deleted == "outbox.db*" else [])
+    assert told == ([("segment.durable.outbox", True)] if left == "reserve" else [])
+
+
+def test_a_reopening_that_failed_is_tried_again(outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    assert outbox.put(b"1", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(outbox.db.damage, "look_for_sets", fail)
+        outbox.db.lock.raise_generation()
+        with pytest.raises(OutboxUnavailable, match="Too many open files"):
+            outbox.put(b"2", 1)
+    assert outbox.put(b"3", 1)
+    assert [row.body for row in outbox.rows(0, 99)] == [b"1", b"3"]
+
+
+def test_attempts_that_fail_leave_one_connection_open_at_the_most(
+    outbox: Outbox, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One is to be: the last that is closed copies the WAL into the file, and it need not be that file's."""
+
+    def fail(*_: object) -> None:
+        raise sqlite3.DatabaseError("database disk image is malformed")
+
+    assert outbox.put(b"1", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(connections, "connect_for_reading", fail)
+        outbox.db.lock.raise_generation()
+        for _ in range(5):
+            with pytest.raises(OutboxUnavailable):
+                outbox.put(b"2", 1)
+    assert len(outbox.db.connections._held) == 1
+    assert outbox.put(b"3", 1)
 
 
 def test_a_process_killed_while_it_makes_the_database_anew_leaves_nobody_in_the_old_one(

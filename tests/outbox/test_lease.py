@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
-from collections.abc import Callable
+import sqlite3
+from collections.abc import Callable, Iterator
 
 import pytest
 
+from segment_durable.errors import StorageError
 from segment_durable.outbox import Outbox
 from segment_durable.records import Backoff, Lease, NotNow, OutboxStats
 from segment_durable.testing.clock import FakeClock
@@ -53,6 +56,38 @@ def test_of_more_than_a_batch_a_lease_takes_whole_batches(outbox: Outbox, there:
     fill(outbox, there)
     lease = take(outbox, 9, batch=3)
     assert (lease.first, lease.last) == (1, taken)
+
+
+def test_a_lease_that_was_not_committed_is_none(outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of this process's leases so many would be thought to be there, and others' would go unseen for so many."""
+    write = outbox.db.write
+
+    @contextlib.contextmanager
+    def fails_to_commit() -> Iterator[sqlite3.Connection]:
+        with write() as connection:
+            yield connection
+            raise sqlite3.OperationalError("disk I/O error")
+
+    assert outbox.put(b"1", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(outbox.db, "write", fails_to_commit)
+        with pytest.raises(StorageError):
+            outbox.lease(1, 60)
+    assert outbox.load() == (1, 0, 0)
+    assert isinstance(outbox.lease(1, 60), Lease)
+    assert outbox.load() == (1, 1, 0)
+
+
+def test_a_look_that_finds_nothing_to_lease_is_no_write(outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or there would be a sync for each, as long as somebody else has the lease."""
+    assert outbox.put(b"1", 1)
+    assert isinstance(outbox.lease(1, 60), Lease)
+    written: list[int] = []
+    monkeypatch.setattr(outbox.db.wal, "wrote", written.append)
+    assert isinstance(outbox.lease(1, 60), NotNow)
+    assert written == []
+    assert outbox.put(b"2", 1)
+    assert len(written) == 1
 
 
 def test_with_one_lease_at_a_time_nobody_else_gets_one(outbox: Outbox, worker: Worker) -> None:
