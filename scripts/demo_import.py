@@ -40,7 +40,9 @@ def main() -> int:
         say(f"  killed. {acknowledged} calls had returned (True, message) by then.")
         arrived = len(receiver.unique)
         stats = inspect(outbox)
-        say(f"  {arrived} events had arrived; {stats['pending']} wait in the outbox on disk.")
+        both = max(0, arrived + stats["pending"] - acknowledged)
+        say(f"  {arrived} events had arrived; {stats['pending']} wait in the outbox on disk, {both} of them in doubt:")
+        say("  they had arrived, but their answer was lost, so they are sent again under the same messageId.")
 
         say("\nSecond run: the same program again, for the rest; what the first one left goes out, too ...")
         acknowledged += run_job(receiver.url, outbox, log[acknowledged:], None)
