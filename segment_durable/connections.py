@@ -144,9 +144,12 @@ class Connections:
         name = self._damage.set_aside()
         current, self._connection = self._connection, None
         self._hold(current)
+        self._close_held()
+        return name
+
+    def _close_held(self) -> None:
         while self._held:
             self._held.pop().close()
-        return name
 
     def _hold(self, connection: sqlite3.Connection | None) -> None:
         """Keep it open, and no older one: it is not the last one to be closed then, or to a file that was renamed."""
@@ -250,6 +253,7 @@ class Connections:
             self._damage.look_for_sets(connection, aside)
             if not self._reserve.make():
                 self._admission.refuse(disk_full())
+            self._close_held()  # none of them is the last one now
         except (Damaged, sqlite3.Error, OSError) as problem:
             self._connection = None  # or it would be used, which it may have been made for by then
             if isinstance(problem, Damaged):

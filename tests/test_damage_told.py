@@ -94,7 +94,8 @@ def test_damage_that_delivery_meets_is_told_once_to_all_clients_and_the_rest_arr
     error = told(errors, caplog)
     assert error.lost is not None
     assert 0 < error.lost < 20
-    assert len(receiver.unique) == EVENTS + 2 - error.lost
+    # Some of the lost ones may have arrived: their batch was on its way when the damage was found.
+    assert EVENTS + 2 - error.lost <= len(receiver.unique) <= EVENTS + 2
 
 
 def test_an_event_without_its_body_is_told_and_the_others_arrive(

@@ -165,6 +165,7 @@ def test_attempts_that_fail_leave_one_connection_open_at_the_most(
                 outbox.put(b"2", 1)
     assert len(outbox.db.connections._held) == 1
     assert outbox.put(b"3", 1)
+    assert outbox.db.connections._held == []
 
 
 def test_a_process_killed_while_it_makes_the_database_anew_leaves_nobody_in_the_old_one(
