@@ -19,7 +19,8 @@
 
 The second bases are what segment-analytics-python 2.4.0 raises in the same place, so that its users' `except`
 clauses go on working.  `ConfigError`, `InvalidMessage`, `MessageTooLarge`, `OutboxUnavailable`, `NotAnOutbox` and
-`SourceMismatch` are raised to the caller; the others are only ever handed to `on_error`.
+`SourceMismatch` are raised to the caller; the others are only ever handed to `on_error`, and so is `OutboxUnavailable`
+by the calls of the module.
 
 No message quotes a write key, a token or an event's content.
 """

@@ -9,6 +9,7 @@ import logging
 import mmap
 import multiprocessing
 import os
+import select
 import signal
 import sqlite3
 import subprocess
@@ -82,14 +83,22 @@ def in_child(work: Callable[[], Any], fork: Callable[[], int] = os.fork) -> int:
 
 def ended_well(child: int, within: float = 30.0) -> bool:
     """Whether it ended in that many seconds, by the exit code 0; one that hangs is killed."""
-    end = time.monotonic() + within
-    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
-        if time.monotonic() > end:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            return False
-        time.sleep(0.005)
-    return os.waitstatus_to_exitcode(ended[1]) == 0
+    if hasattr(os, "pidfd_open"):
+        pidfd = os.pidfd_open(child)
+        try:
+            has_ended = bool(select.select([pidfd], [], [], within)[0])
+        finally:
+            os.close(pidfd)
+    else:  # macOS
+        end = select.kevent(child, select.KQ_FILTER_PROC, select.KQ_EV_ADD, select.KQ_NOTE_EXIT)
+        with contextlib.closing(select.kqueue()) as queue:
+            try:
+                has_ended = bool(queue.control([end], 1, within))
+            except ProcessLookupError:
+                has_ended = True
+    if not has_ended:
+        os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0 and has_ended
 
 
 def test_both_sides_of_a_fork_go_on(make_client: MakeClient, receiver: Receiver) -> None:
@@ -558,13 +567,21 @@ def test_threads_of_a_child_that_notice_a_fork_in_c_at_the_same_time_share_one_e
 
     def work() -> None:
         real = engine.abandon_inherited
+        notice = engine._notice_fork
         together, calls = threading.Barrier(4), []
+        come = threading.Semaphore(0)
+
+        def noticing() -> None:
+            come.release()
+            notice()
 
         def abandon() -> Any:
             calls.append(1)
-            time.sleep(0.05)  # the others come meanwhile
+            for _ in range(4):
+                assert come.acquire(timeout=20)
             return real()
 
+        monkeypatch.setattr(engine, "_notice_fork", noticing)
         monkeypatch.setattr(engine, "abandon_inherited", abandon)
 
         def track() -> None:
