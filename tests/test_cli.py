@@ -38,15 +38,15 @@ KEY = "a-write-key-that-nobody-may-see"
 posix_only = pytest.mark.skipif(os.name != "posix", reason="file modes and /proc")
 
 
-class EarlierClock(SystemClock):
-    """A clock of `seconds` ago, or of an earlier start of the machine."""
+class OtherStart(SystemClock):
+    """The clock of another start of the machine, which may have been up for `later` seconds more."""
 
-    def __init__(self, seconds: float = 0.0, boot_id: str | None = None) -> None:
-        self._seconds = seconds
+    def __init__(self, boot_id: str | None = None, later: float = 0.0) -> None:
         self._boot_id = boot_id
+        self._later = later
 
     def boot(self) -> float:
-        return super().boot() - self._seconds
+        return super().boot() + self._later
 
     def boot_id(self) -> str:
         return super().boot_id() if self._boot_id is None else self._boot_id
@@ -191,17 +191,19 @@ def test_status_of_an_empty_outbox(box: Outbox, folder: Path, run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("clock", "text"),
+    ("clock", "seconds", "text"),
     [
-        (EarlierClock(1000), "deadline passed 15m 40s ago: will be taken over"),
-        (EarlierClock(boot_id="another"), "from before a restart of this machine: will be taken over"),
-        (EarlierClock(-1000), "from before a restart of this machine: will be taken over"),
+        (SystemClock(), -940, "deadline passed 15m 40s ago: will be taken over"),
+        (OtherStart("another"), 60, "from before a restart of this machine: will be taken over"),
+        (OtherStart(later=1000), 60, "from before a restart of this machine: will be taken over"),
     ],
 )
-def test_a_lease_that_has_ended_does_not_count(clock: EarlierClock, text: str, folder: Path, run: Run) -> None:
+def test_a_lease_that_has_ended_does_not_count(
+    clock: SystemClock, seconds: float, text: str, folder: Path, run: Run
+) -> None:
     box = Outbox(folder, clock)
     fill(box, 3)
-    take(box, 2)
+    take(box, 2, seconds)
     _, out, _ = run("status", folder)
     assert "leased        0\n" in out
     assert text in out
