@@ -11,10 +11,11 @@ from time import time
 from types import TracebackType
 from typing import Any
 
-from segment_durable import engine as engines
+from segment_durable import process
 from segment_durable.clock import SystemClock
 from segment_durable.config import DEFAULTS, Config
 from segment_durable.encoding import plain
+from segment_durable.engine import Engine, Member, call
 from segment_durable.errors import ConfigError, OutboxError
 from segment_durable.limiter import Limiter
 from segment_durable.message import compose, encode_message
@@ -80,8 +81,8 @@ class Client:
     ) -> None:
         settings = {name: value for name, value in locals().items() if name in DEFAULTS}
         self._config = config = Config(**settings)
-        self._member = engines.Member(config)
-        self._engine: engines.Engine | None = None
+        self._member = Member(config)
+        self._engine: Engine | None = None
         self._trouble = Limiter(1.0, SystemClock())
         segment_log = logging.getLogger("segment")
         if config.log_handler is not None:
@@ -227,7 +228,7 @@ class Client:
         engine, self._engine = self._engine, None
         if engine is not None:
             patience = 2 * self._config.timeout if end is None else max(0.0, end - clock.boot())
-            engines.detach(engine, self._member, patience)
+            process.detach(engine, self._member, patience)
         return flushed
 
     def stats(self) -> OutboxStats:
@@ -242,7 +243,7 @@ class Client:
     ) -> None:
         self.shutdown()
 
-    def _flush(self, engine: engines.Engine, timeout: float | None) -> bool:
+    def _flush(self, engine: Engine, timeout: float | None) -> bool:
         if self._delivers:
             return engine.sender.flush(timeout)
         target = engine.outbox.last_id()
@@ -255,11 +256,11 @@ class Client:
         """Whether a sender thread delivers for this client."""
         return self._config.deliver and self._config.send and not self._config.sync_mode
 
-    def _attach(self) -> engines.Engine:
-        self._engine = engine = engines.attach(self._member)
+    def _attach(self) -> Engine:
+        self._engine = engine = process.attach(self._member)
         return engine
 
-    def _live(self) -> engines.Engine:
+    def _live(self) -> Engine:
         engine = self._engine
         if engine is None or engine.closed or engine.pid != getpid():
             return self._attach()
@@ -323,7 +324,7 @@ class Client:
         if times:
             log.error("the outbox can't be opened (%d times): %s", times, problem)
             if self._config.on_error is not None:
-                engines.call(self._config.on_error, "on_error", problem, [message])
+                call(self._config.on_error, "on_error", problem, [message])
 
     def _before_send(self, message: dict[str, Any]) -> dict[str, Any] | None:
         """What the user's hook makes of a copy of the message; the message as it was if the hook fails."""

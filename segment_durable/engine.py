@@ -1,33 +1,26 @@
 """What the clients of one process share for one outbox: the outbox itself, its sender and its upkeep.
 
-Here is also what concerns the process as a whole: the registry, forks and the exit.  Nothing is carried over a fork:
-a child builds its own engine at its first call, on the same outbox.  All that a sender needs is imported here and not
-by its thread: a child forked in the middle of an import waits for ever for the import's lock.
+All that a sender needs is imported here and not by its thread: a child forked in the middle of an import waits for
+ever for the import's lock.
 """
 
 from __future__ import annotations
 
-import atexit
 import json
 import logging
 import os
 import random
 import weakref
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from segment_durable.clock import Clock, SystemClock
+from segment_durable.clock import Clock
 from segment_durable.config import Config
-from segment_durable.connections import Connections, abandon_connections, living_connections
-from segment_durable.database_file import Files, hold_inherited_locks
 from segment_durable.delivery import Delivery, Reporter
-from segment_durable.errors import ConfigError, OutboxDamaged, OutboxError, OutboxFull, OutboxUnavailable
+from segment_durable.errors import ConfigError, OutboxDamaged, OutboxError, OutboxFull
 from segment_durable.limiter import Limiter
-from segment_durable.locks import abandon_inherited
 from segment_durable.outbox import Outbox, other_source
 from segment_durable.sender import Sender
-from segment_durable.threads import PatientLock
 from segment_durable.transport import RequestsTransport, Transport
 from segment_durable.upkeep import Upkeep
 from segment_durable.upload import Uploader
@@ -35,7 +28,7 @@ from segment_durable.upload import Uploader
 if TYPE_CHECKING:
     from segment_durable.oauth import Tokens
 
-__all__ = ["Engine", "Member", "attach", "call", "detach"]
+__all__ = ["Engine", "Member", "call"]
 
 log = logging.getLogger("segment.durable")
 
@@ -59,7 +52,7 @@ class Member:
 
 
 class Engine:
-    """One outbox in this process.  Made by `attach`."""
+    """One outbox in this process.  Made by `process.attach`."""
 
     def __init__(self, config: Config, clock: Clock, *, make_transport: Callable[[], Transport] | None) -> None:
         self.pid = os.getpid()
@@ -235,147 +228,3 @@ def _tokens(config: Config, clock: Clock) -> Tokens | None:
     from segment_durable.oauth import Tokens
 
     return Tokens(config, clock)
-
-
-# -- the process
-
-_lock = PatientLock()
-_engines: dict[str, Engine] = {}
-_pid = os.getpid()
-_suspended: list[Connections] = []
-_inherited: list[Any] = []  # what a child must neither use nor let be collected
-# The databases to which a connection of the parent, or of its parent, is open in the memory of this process.
-_haunted: dict[Path, Files] = {}
-_unusable: str | None = None  # why SQLite can't be used in this process, if so
-_noticing: dict[int, PatientLock] = {}  # by process id: a child's own can't have been locked by a thread of the parent
-
-
-def attach(
-    member: Member, clock: Clock | None = None, *, make_transport: Callable[[], Transport] | None = None
-) -> Engine:
-    """The engine for the member's outbox in this process, made if there is none.
-
-    Raises `ConfigError`, `OutboxUnavailable`, `NotAnOutbox` or `SourceMismatch`.
-    """
-    _notice_fork()
-    if _unusable is not None:
-        raise OutboxUnavailable(member.config.outbox_path(), _unusable)
-    key = os.path.realpath(member.config.outbox_path())
-    with _lock:
-        engine = _engines.get(key)
-        if engine is None:
-            engine = Engine(member.config, clock or SystemClock(), make_transport=make_transport)
-            _engines[key] = engine
-        engine.join(member)
-    engine.outbox.db.damage.tell()  # not before: a callback may make a client, and that takes the lock
-    return engine
-
-
-def detach(engine: Engine, member: Member, timeout: float) -> bool:
-    """A client was shut down: close the engine if it was the last one's.
-
-    Whether the threads ended within `timeout` seconds.
-    """
-    with _lock:
-        if not engine.leave(member):
-            return True
-        for key, each in list(_engines.items()):
-            if each is engine:
-                del _engines[key]
-    return engine.close(timeout)
-
-
-def _before_fork() -> None:
-    _notice_fork()
-    _lock.acquire()
-    for each in living_connections():
-        if each.suspend():
-            _suspended.append(each)
-
-
-def _after_fork_in_parent() -> None:
-    for each in _suspended:
-        each.resume()
-    _suspended.clear()
-    _lock.release()
-
-
-def _after_fork_in_child() -> None:
-    _start_anew(hooked=True)
-
-
-def _notice_fork() -> None:
-    """Where Python's hooks don't run, because the fork was made in C: the child notices it by itself."""
-    pid = os.getpid()
-    if _pid != pid:
-        with _noticing.setdefault(pid, PatientLock()):
-            if _pid != pid:
-                _start_anew(hooked=False)
-
-
-def _start_anew(*, hooked: bool) -> None:
-    """In a forked child: forget what belongs to the parent."""
-    global _lock, _pid, _engines, _unusable
-    lock_files, connections = abandon_inherited(), abandon_connections()
-    _inherited.append((lock_files, connections, _engines))
-    for each in connections:
-        if each in _suspended:
-            continue
-        # A connection that is open in the parent is so in the memory of this process.
-        files = each.inherited()
-        if files is not None:
-            _haunted[each.path] = files
-        if each.was_in_use():
-            _unusable = _unusable or _forked_amid(hooked)
-    for path, files in _haunted.items():
-        try:
-            if _unusable is None:
-                _inherited.append(hold_inherited_locks(path, files))
-        except OSError as problem:
-            _unusable = _forked_unlocked(path, problem)
-    _suspended.clear()
-    _engines, _lock = {}, PatientLock()
-    _pid = os.getpid()  # last: other threads wait for it
-
-
-def _forked_amid(hooked: bool) -> str:
-    # SQLite's mutexes are the process's, not an outbox's: a thread that was inside them is not here to leave them.
-    if hooked:
-        return (
-            "this process was forked while another thread was at work in an outbox, and did not leave it in time: "
-            "SQLite can't be used here; is the disk very slow?"
-        )
-    return (
-        f"this process was forked while another thread was at work in an outbox: SQLite can't be used here; {_REMEDY}"
-    )
-
-
-def _forked_unlocked(path: Path, problem: OSError) -> str:
-    reason = problem.strerror or type(problem).__name__
-    return f"this process was forked while {path} was open, and can't be used with it ({reason}): {_REMEDY}"
-
-
-_REMEDY = "make the client after the fork, or have Python's fork hooks called (uWSGI: py-call-uwsgi-fork-hooks = true)"
-
-
-def _at_exit() -> None:
-    """Deliver what can be delivered in time; the rest stays on disk for the next start."""
-    if _pid != os.getpid():
-        return
-    for engine in list(_engines.values()):
-        config = engine.config
-        end = engine.clock.boot() + config.shutdown_timeout
-        try:
-            if config.deliver and config.send and not engine.sender.flush(config.shutdown_timeout):
-                pending = engine.outbox.pending()
-                if pending:
-                    log.warning("events that stay on disk, for the next process that delivers: %d", pending)
-        except OutboxError as problem:
-            log.error("at exit: %s", problem)
-        engine.close(max(0.0, end - engine.clock.boot()))
-    _engines.clear()
-
-
-atexit.register(_at_exit)
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

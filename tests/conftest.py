@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import segment_durable
-from segment_durable import Client, config, engine
+from segment_durable import Client, config, process
 from segment_durable.testing import Receiver
 
 
@@ -43,9 +43,9 @@ def _isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     segment_log = logging.getLogger("segment")
     level, handlers = segment_log.level, list(segment_log.handlers)
     yield
-    for each in list(engine._engines.values()):
+    for each in list(process._engines.values()):
         each.close(5.0)
-    engine._engines.clear()
+    process._engines.clear()
     segment_log.setLevel(level)
     segment_log.handlers[:] = handlers
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import segment_durable as analytics_module
-from segment_durable import Client, ConfigError, OutboxFull, SourceMismatch, engine, sender, worker
+from segment_durable import Client, ConfigError, OutboxFull, SourceMismatch, process, sender, worker
 from segment_durable.clock import SystemClock
 from segment_durable.errors import StorageError
 from segment_durable.outbox import Outbox
@@ -105,7 +105,7 @@ def test_a_full_outbox_refuses_and_says_so_once_a_second(
             return self.now
 
     clock = HandSet()
-    monkeypatch.setattr(engine, "SystemClock", lambda: clock)
+    monkeypatch.setattr(process, "SystemClock", lambda: clock)
     errors: list[tuple[Exception, list[Any]]] = []
     client = make_client(max_queue_size=3, deliver=False, on_error=lambda error, items: errors.append((error, items)))
     assert [client.track("u", str(i))[0] for i in range(1000)] == [True] * 3 + [False] * 997

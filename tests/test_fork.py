@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 
-from segment_durable import Client, OutboxUnavailable, engine, outbox
+from segment_durable import Client, OutboxUnavailable, outbox, process
 from segment_durable.connections import Connections
 from segment_durable.outbox import Outbox
 from segment_durable.records import Lease, NotNow
@@ -566,8 +566,8 @@ def test_threads_of_a_child_that_notice_a_fork_in_c_at_the_same_time_share_one_e
     client.track("parent", "before")
 
     def work() -> None:
-        real = engine.abandon_inherited
-        notice = engine._notice_fork
+        real = process.abandon_inherited
+        notice = process._notice_fork
         together, calls = threading.Barrier(4), []
         come = threading.Semaphore(0)
 
@@ -581,8 +581,8 @@ def test_threads_of_a_child_that_notice_a_fork_in_c_at_the_same_time_share_one_e
                 assert come.acquire(timeout=20)
             return real()
 
-        monkeypatch.setattr(engine, "_notice_fork", noticing)
-        monkeypatch.setattr(engine, "abandon_inherited", abandon)
+        monkeypatch.setattr(process, "_notice_fork", noticing)
+        monkeypatch.setattr(process, "abandon_inherited", abandon)
 
         def track() -> None:
             together.wait(20)
@@ -594,7 +594,7 @@ def test_threads_of_a_child_that_notice_a_fork_in_c_at_the_same_time_share_one_e
         for thread in threads:
             thread.join(20)
         assert len(calls) == 1
-        assert len(engine._engines) == 1
+        assert len(process._engines) == 1
 
     assert ended_well(in_child(work, fork_in_c))
     assert client.stats().pending == 5
@@ -605,7 +605,7 @@ def test_a_child_forks_on_although_another_thread_was_making_a_client_at_its_for
     client = make_client()
     client.track("parent", "e")
     assert client.flush(20) is True
-    with engine._lock:
+    with process._lock:
         child = in_child(
             lambda: ended_well(in_child(lambda: client.track("grandchild", "e"))) or os._exit(3), fork_in_c
         )
