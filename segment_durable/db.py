@@ -76,8 +76,10 @@ class Database:
         if is_changed:
             self.wal.wrote(4 * PAGE_SIZE)
 
-    def write_one(self, statement: str, parameters: tuple[Any, ...], ready: Callable[[], None] | None = None) -> int:
-        """One statement in a transaction of its own, which is what a put is; how many rows it changed.
+    def write_one(
+        self, statement: str, parameters: tuple[Any, ...], ready: Callable[[], None] | None = None
+    ) -> sqlite3.Cursor:
+        """One statement in a transaction of its own, which is what a put is; the cursor knows what it did.
 
         Under the writer lock, after whose release `wal.wrote()` is to be called.  It may be called within another call
         by the same thread (a signal handler), as long as that has no transaction open.  `ready` is called when nothing
@@ -91,7 +93,7 @@ class Database:
         if ready is not None:
             ready()
         try:
-            return connection.execute(statement, parameters).rowcount
+            return connection.execute(statement, parameters)
         except SQLITE_PROBLEMS as problem:
             roll_back(connection)
             error = self.admission.note(storage_error(problem))
@@ -99,7 +101,7 @@ class Database:
                 raise error from problem
         self.connections.replace(error, self.connections.generation)
         with self.connections.translated():
-            return self.connections.current().execute(statement, parameters).rowcount
+            return self.connections.current().execute(statement, parameters)
 
     @contextlib.contextmanager
     def read(self, timeout: float = WRITE_TIMEOUT) -> Iterator[sqlite3.Connection]:

@@ -59,6 +59,7 @@ class Step:
     count: int = 0  # events that left
     seconds: float | None = 0.0
     exhausted: bool = False  # the retry budget is used up
+    through: int | None = None  # all events up to that id have left, if that is known
 
     @property
     def progress(self) -> bool:
@@ -100,6 +101,7 @@ class Delivery:
         self._failure: _Failure | None = None
         self._tried = (0, 0)  # id of the first event of the last failed batch; attempts so far, rate limits included
         self._next_expiry = 0.0
+        self._through = 0  # the last event that was delivered here
         self._odd_answer = ""
 
     def step(self, *, hurry: bool = False, within: float | None = None) -> Step:
@@ -203,7 +205,10 @@ class Delivery:
             return Step("lost")
         self._done_through(batch.last)
         self._reporter.delivered(batch.events)
-        return Step("delivered", deleted)
+        # If others had delivered in between, there would be a gap, for ids are dense.
+        is_next = batch.first == self._through + 1
+        self._through = batch.last
+        return Step("delivered", deleted, through=batch.last if is_next and self._lease is None else None)
 
     def _split(self, batch: Batch) -> Step:
         rows = self._outbox.rows(batch.first, batch.last)

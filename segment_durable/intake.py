@@ -107,6 +107,7 @@ class Intake:
         self._done: deque[_Put] = deque()  # whose threads are to be woken, one by the other
         self._committing = False
         self._leader: int | None = None  # the thread that commits for all, with `full`
+        self.newest = 0  # the id of the event that was last appended here; 0: none was
 
     def put(self, body: bytes, appended_at: int, max_pending: int = 0) -> bool:
         """Append one event; it is committed when the call returns.
@@ -118,11 +119,14 @@ class Intake:
         db, lock = self._db, self._db.lock
         if not self._waiting and lock.acquire_unless_busy(WRITE_TIMEOUT):
             try:
-                accepted = db.write_one(_PUT, parameters)
+                done = db.write_one(_PUT, parameters)
+                accepted = done.rowcount == 1
+                if accepted:
+                    self.newest = done.lastrowid or 0
             finally:
                 lock.release()
             db.wal.wrote(len(body))
-            return accepted == 1
+            return accepted
         put = _Put(parameters)
         self._waiting.append(put)
         try:
@@ -259,8 +263,12 @@ class Intake:
     def _insert(self, group: list[_Put]) -> int:
         """How many of them were accepted: the first ones, for the limit is the same for all."""
         if len(group) == 1:
-            return self._db.write_one(_PUT, group[0].parameters, self._wake_next)
-        rows = next(rows for rows in _GROUPS if rows >= len(group))
-        given = [value for put in group for value in put.parameters[1:]]
-        missing = [None, None] * (rows - len(group))
-        return self._db.write_one(_GROUPS[rows], (*given, *missing, group[0].parameters[0]), self._wake_next)
+            done = self._db.write_one(_PUT, group[0].parameters, self._wake_next)
+        else:
+            rows = next(rows for rows in _GROUPS if rows >= len(group))
+            given = [value for put in group for value in put.parameters[1:]]
+            missing = [None, None] * (rows - len(group))
+            done = self._db.write_one(_GROUPS[rows], (*given, *missing, group[0].parameters[0]), self._wake_next)
+        if done.rowcount:
+            self.newest = done.lastrowid or 0
+        return done.rowcount

@@ -111,6 +111,7 @@ class Outbox:
         self._clock = clock
         self.db = Database(folder, full=full)
         self._intake = Intake(self.db)
+        self._none_through = 0  # none of this process's events up to that id is known to wait
         if write_key is not None:
             try:
                 self._claim(write_key)
@@ -145,12 +146,16 @@ class Outbox:
         `max_leases` leases live at once; with 1, events leave in order.  `hurry` goes before the end of a backoff, but
         not of one that the receiver asked for.
         """
-        if self.db.read_one("SELECT min(id) FROM event")[0] is None:
+        newest = self.newest()
+        if newest <= self._none_through and self.db.read_one("SELECT min(id) FROM event")[0] is None:
             return NotNow("empty", None)  # found out without waiting for the writers
         self.db.space.check_delivery()
         token = secrets.token_bytes(16)
         try:
-            return self._lease(token, limit, seconds, batch, max_leases, hurry)
+            found = self._lease(token, limit, seconds, batch, max_leases, hurry)
+            if isinstance(found, NotNow) and found.reason == "empty":
+                self._none_through = newest
+            return found
         except BaseException:
             self.db.lock.held.discard(token)  # or it would be taken for a lease that there is
             raise
@@ -160,10 +165,12 @@ class Outbox:
     ) -> Lease | NotNow:
         with self.db.write() as connection:
             now = self._clock.boot()
+            count, low, high = connection.execute(AHEAD, (_NO_LIMIT, limit, 0, _NO_LIMIT)).fetchone()
+            if low is None:
+                return NotNow("empty", None)
             before = current_backoff(connection, self._clock)
             if before.not_before > now and not (hurry and not before.told):
                 return NotNow("backoff", before.not_before - now, before.reported)
-            count, low, high = connection.execute(AHEAD, (_NO_LIMIT, limit, 0, _NO_LIMIT)).fetchone()
             living: list[Any] = []
             dead: list[Any] = []
             if count:
@@ -172,9 +179,9 @@ class Outbox:
                     return NotNow("leased", _BUSY_LOOK)
                 span = first_free(connection, living, limit)
             else:
-                span = None if low is None else (low, high)
+                span = (low, high)
             if span is None:
-                return NotNow("leased", _BUSY_LOOK) if living else NotNow("empty", None)
+                return NotNow("leased", _BUSY_LOOK)
             first, last = span
             if last - first >= batch:
                 last -= (last - first + 1) % batch
@@ -259,6 +266,7 @@ class Outbox:
             end_backoff(connection, self._clock)
         if through >= last:
             self.db.lock.held.discard(lease.token)
+        self._none_through = through
         return deleted
 
     @_with_reserve
@@ -417,6 +425,13 @@ class Outbox:
         """
         first: int | None = self.db.read_one("SELECT min(id) FROM event", timeout=timeout)[0]
         return first
+
+    def newest(self) -> int:
+        """The id of the event that was last appended by this process, without a look at the disk; 0: none was.
+
+        Ids are dense, so where all before another one have left it tells how many wait at least.
+        """
+        return self._intake.newest
 
     def pending(self) -> int:
         """How many events have not left, those on their way included; does not count rows."""

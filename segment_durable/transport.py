@@ -177,11 +177,15 @@ class _InTime(io.RawIOBase):
     def __init__(self, sock: socket.socket, raw: io.RawIOBase, timeout: float) -> None:
         self._sock, self._raw, self._timeout = sock, raw, timeout
         self._end = time.monotonic() + timeout
+        self._is_first = True
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int | None:
+        if self._is_first:  # mostly the only one, and the socket has that timeout
+            self._is_first = False
+            return self._raw.readinto(buffer)
         remaining = self._end - time.monotonic()
         if remaining <= 0:
             raise TimeoutError("the answer did not end in time")

@@ -49,6 +49,7 @@ class Worker:
         self.event = threading.Event()
         self.appended = 0
         self.wake_at = 1  # events appended that wake the thread
+        self._through: int | None = None  # all events up to that id have left, if the last step tells that
         self._flush_to: list[int] = []
         self._hurry = False
         self._trouble = Limiter(60.0, clock)
@@ -121,6 +122,7 @@ class Worker:
             # delivery for good.  "exhausted", because a flush must not wait for what may not end.
             self._complain(problem, exc_info=not isinstance(problem, OutboxError))
             step = Step("failed", seconds=_TROUBLE_WAIT, exhausted=True)
+        self._through = step.through if self._config.thread == 1 else None
         self._note(step)
         return step
 
@@ -139,29 +141,34 @@ class Worker:
         Nothing is waited for while a flush is on, nor while others have all that may be leased.  Any lease of another
         process is a reason not to wait for long: its holder may have died, and what it had has waited long enough.
         """
-        began = None
+        began = self._clock.boot()
+        end = began + self._config.upload_interval
         while not self.stopping:
             self._arm(_NEVER)  # before the look: what is appended meanwhile is counted twice rather than not at all
-            try:
-                pending, leases, foreign = self._outbox.load()
-            except OutboxError:
-                return True  # the step meets the same trouble and reports it
-            missing = self._config.upload_size - pending
-            now = self._clock.boot()
-            began = now if began is None else began
-            end = began + self._config.upload_interval
+            pending, leases, foreign = 0, 0, 0
+            if self._through is not None:
+                pending = self._outbox.newest() - self._through
+            if pending <= 0:
+                try:
+                    pending, leases, foreign = self._outbox.load()
+                except OutboxError:
+                    return True  # the step meets the same trouble and reports it
             if pending == 0:
                 self.wake_at = 1
                 if self.appended:  # since the look
                     self.event.set()
                 return True
+            missing = self._config.upload_size - pending
+            now = self._clock.boot()
             if missing <= 0 or self._flush_to or now >= end or leases >= self._config.thread:
                 return True
             if foreign > 0 and now >= began + _FOREIGN_LOOK:
                 return True
             self.wake_at = missing
-            if self.appended < missing and not self._flush_to and not self.stopping:
-                self._clock.wait(self.event, min(end - now, _FOREIGN_LOOK))
+            if self.appended >= missing or self._flush_to or self.stopping:
+                continue
+            if not self._clock.wait(self.event, min(end - now, _FOREIGN_LOOK)):
+                self._through = None  # others may have appended, or died: look at the disk
         return False
 
     def _arm(self, events: int) -> None:

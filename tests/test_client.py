@@ -16,6 +16,7 @@ import segment_durable as analytics_module
 from segment_durable import Client, ConfigError, OutboxFull, SourceMismatch, process, sender, worker
 from segment_durable.clock import SystemClock
 from segment_durable.errors import StorageError
+from segment_durable.message import compose, encode_message
 from segment_durable.outbox import Outbox
 from segment_durable.testing import Answer, Hang, Receiver
 
@@ -73,6 +74,52 @@ def test_what_others_take_meanwhile_does_not_count_for_a_batch(
         client.track("u", str(number))
     assert receiver.wait_for(10)
     assert [len(batch.events) for batch in receiver.batches] == [10]
+    other.close()
+
+
+def test_no_look_at_the_outbox_is_needed_to_know_that_the_next_batch_is_full(
+    make_client: MakeClient, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[tuple[int, int, int]] = []
+    real = Outbox.load
+
+    def load(self: Outbox) -> tuple[int, int, int]:
+        looks.append(real(self))
+        return looks[-1]
+
+    def on_success(items: list[dict[str, Any]]) -> None:  # in the sender's thread
+        looked.append(len(looks))
+        for number in range(10 if len(looked) < 5 else 0):
+            client.track("u", str(number))
+
+    looked: list[int] = []
+    monkeypatch.setattr(Outbox, "load", load)
+    client = make_client(upload_interval=3600, upload_size=10, on_success=on_success)
+    for number in range(10):
+        client.track("u", str(number))
+    assert receiver.wait_for(50)
+    client.shutdown(10)
+    assert [len(batch.events) for batch in receiver.batches] == [10] * 5
+    assert looked == [looked[0]] * 5
+
+
+def test_what_other_processes_append_is_found_while_a_batch_fills(
+    make_client: MakeClient, receiver: Receiver, tmp_path: Path
+) -> None:
+    """Also where this process believes to know how many events wait."""
+    other = Outbox(tmp_path / "outbox", SystemClock())
+
+    def on_success(items: list[dict[str, Any]]) -> None:
+        if items[0]["event"] == "0":
+            client.track("u", "one of the next ten")
+            for _ in range(9):
+                message = compose("track", ("e", None), "u", None, None, None, None, None, 1.0)
+                assert other.put(encode_message(message), 1000)
+
+    client = make_client(upload_interval=3600, upload_size=10, on_success=on_success)
+    for number in range(10):
+        client.track("u", str(number))
+    assert receiver.wait_for(20, timeout=10)
     other.close()
 
 

@@ -90,6 +90,28 @@ def test_a_look_that_finds_nothing_to_lease_is_no_write(outbox: Outbox, monkeypa
     assert len(written) == 1
 
 
+def test_an_idle_sender_does_not_wait_for_the_writers_though_others_delivered_what_it_appended(
+    outbox: Outbox, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(outbox, 2)
+    assert worker.call("ack", worker.call("lease", 2, 60), 2) == 2
+    assert outbox.lease(1, 60) == NotNow("empty", None)  # it may have waited for them here, to find that out
+    writes: list[None] = []
+    write = outbox.db.write
+
+    def counted() -> contextlib.AbstractContextManager[sqlite3.Connection]:
+        writes.append(None)
+        return write()
+
+    monkeypatch.setattr(outbox.db, "write", counted)
+    for _ in range(3):
+        assert outbox.lease(1, 60) == NotNow("empty", None)
+    assert writes == []
+    fill(outbox, 1)
+    assert isinstance(outbox.lease(1, 60), Lease)
+    assert len(writes) == 1
+
+
 def test_with_one_lease_at_a_time_nobody_else_gets_one(outbox: Outbox, worker: Worker) -> None:
     fill(outbox, 5)
     take(outbox, 2)
