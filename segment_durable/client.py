@@ -200,7 +200,7 @@ class Client:
             try:
                 engine = self._live()
                 return self._flush(engine, timeout)
-            except OutboxError as problem:
+            except (OutboxError, ConfigError) as problem:
                 if engine is not None and engine.closed:
                     continue  # by another thread's shutdown(): its files are closed, so another one is attached
                 log.error("flush: %s", problem)
@@ -296,7 +296,7 @@ class Client:
                 engine = self._attach()
             while (accepted := engine.put(body, int(now * 1000), message, config)) is None:
                 engine = self._attach()  # another thread has just shut down what this one was about to use
-        except OutboxError as problem:
+        except (OutboxError, ConfigError) as problem:  # ConfigError: another client has opened it otherwise meanwhile
             self._unattached(problem, message)
             return False, message
         if not accepted:
@@ -315,10 +315,10 @@ class Client:
         """Another thread shut the client down while this one appended: the event is not to wait for the next call."""
         try:
             self._live().sender.start()
-        except OutboxError as problem:
+        except (OutboxError, ConfigError) as problem:
             log.error("the event is on disk and waits for the next start: %s", problem)
 
-    def _unattached(self, problem: OutboxError, message: dict[str, Any]) -> None:
+    def _unattached(self, problem: OutboxError | ConfigError, message: dict[str, Any]) -> None:
         """The outbox was fine at construction and can't be opened again now, in a forked child or after a shutdown."""
         times = self._trouble.tick()
         if times:

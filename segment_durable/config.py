@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -93,12 +94,32 @@ class Config:
         """Seconds that one lease lasts: long enough for one slow upload with its token request and its second try."""
         return max(float(self.lease_seconds), 4.0 * self.timeout)
 
+    @cached_property  # or a client would go on in another folder after a chdir() or a change of the environment
     def outbox_path(self) -> Path:
-        """The folder of this source's outbox, absolute.  Raises `OutboxUnavailable` if the user has no home."""
+        """The folder of this source's outbox, absolute: as it was when it was first asked for.
+
+        Raises `OutboxUnavailable` if the user has no home, or a relative path no current folder.
+        """
         assert self.write_key is not None
         if self.outbox_dir is not None:
             return _absolute(os.fspath(self.outbox_dir))
         return default_outbox_dir(self.write_key)
+
+    @cached_property  # a child of a fork may have no right to read the file any more
+    def oauth_pem(self) -> bytes:
+        """The private key as it was when it was first asked for.  Raises `ConfigError` if its file can't be read."""
+        source = self.oauth_client_key
+        if isinstance(source, str) and "-----BEGIN" in source:
+            return source.replace("\\n", "\n").encode()  # as it comes out of many an environment variable
+        if isinstance(source, bytes):
+            return source
+        try:
+            return Path(source or "").expanduser().read_bytes()
+        except (OSError, ValueError, RuntimeError):  # RuntimeError: "~name" of nobody
+            raise ConfigError(
+                "oauth_client_key",
+                "must be a private key in PEM form, or the path of a file that is there and holds one",
+            ) from None
 
     def _check_write_key(self) -> None:
         key = self.write_key
@@ -176,7 +197,12 @@ def _absolute(path: str) -> Path:
     whole = os.path.expanduser(path)
     if whole.startswith("~"):  # not expanded: no HOME and no entry in the user database, or no such user
         raise _homeless(path)
-    return Path(os.path.abspath(whole))
+    try:
+        return Path(os.path.abspath(whole))
+    except OSError as problem:
+        raise OutboxUnavailable(
+            path, f"the current folder can't be told ({problem.strerror}): set outbox_dir to an absolute path"
+        ) from problem
 
 
 def _homeless(path: str) -> OutboxUnavailable:

@@ -62,7 +62,7 @@ class Engine:
         self._make_transport = make_transport
         self._tokens: Tokens | None = _tokens(config, clock)
         self._members: weakref.WeakSet[Member] = weakref.WeakSet()
-        self.outbox = Outbox(config.outbox_path(), clock, full=config.synchronous == "FULL", write_key=config.write_key)
+        self.outbox = Outbox(config.outbox_path, clock, full=config.synchronous == "FULL", write_key=config.write_key)
         self.upkeep = Upkeep(self.outbox.db, clock)
         self.reporter = _Callbacks(self)
         self.sender = Sender(self.outbox, config, clock, self._make_delivery)

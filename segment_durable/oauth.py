@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
 import uuid
 from email.utils import parsedate_to_datetime
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
@@ -43,7 +41,7 @@ class Tokens:
         self._key_id = config.oauth_key_id
         self._server = config.oauth_auth_server
         self._scope = config.oauth_scope
-        self._key = _private_key(config.oauth_client_key)
+        self._key = _private_key(config.oauth_pem)
         self._clock = clock
         self._lock = threading.Lock()
         self._token: str | None = None
@@ -152,19 +150,8 @@ def _life(expires_in: object) -> float:
     return seconds if 0 < seconds < 1e9 else _DEFAULT_LIFE
 
 
-def _private_key(source: str | bytes | os.PathLike[str] | None) -> RSAPrivateKey:
+def _private_key(pem: bytes) -> RSAPrivateKey:
     name = "oauth_client_key"
-    if isinstance(source, str) and "-----BEGIN" in source:
-        pem = source.replace("\\n", "\n").encode()  # as it comes out of many an environment variable
-    elif isinstance(source, bytes):
-        pem = source
-    else:
-        try:
-            pem = Path(source or "").expanduser().read_bytes()
-        except (OSError, ValueError, RuntimeError):  # RuntimeError: "~name" of nobody
-            raise ConfigError(
-                name, "must be a private key in PEM form, or the path of a file that is there and holds one"
-            ) from None
     try:
         key = load_pem_private_key(pem.strip(), password=None)  # older versions read no blanks before the first line
     except TypeError:

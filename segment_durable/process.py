@@ -45,8 +45,10 @@ def attach(
     """
     _notice_fork()
     if _unusable is not None:
-        raise OutboxUnavailable(member.config.outbox_path(), _unusable)
-    key = os.path.realpath(member.config.outbox_path())
+        raise OutboxUnavailable(member.config.outbox_path, _unusable)
+    key = os.path.realpath(member.config.outbox_path)
+    if member.config.uses_oauth:
+        _ = member.config.oauth_pem  # read now, also where another client's engine is there already
     with _lock:
         engine = _engines.get(key)
         if engine is None:

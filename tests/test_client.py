@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -13,12 +14,12 @@ from typing import Any
 import pytest
 
 import segment_durable as analytics_module
-from segment_durable import Client, ConfigError, OutboxFull, SourceMismatch, process, sender, worker
+from segment_durable import Client, ConfigError, OutboxFull, OutboxUnavailable, SourceMismatch, process, sender, worker
 from segment_durable.clock import SystemClock
 from segment_durable.errors import StorageError
 from segment_durable.message import compose, encode_message
 from segment_durable.outbox import Outbox
-from segment_durable.testing import Answer, Hang, Receiver
+from segment_durable.testing import Answer, Hang, OAuthApp, Receiver
 
 MakeClient = Callable[..., Client]
 
@@ -454,6 +455,69 @@ def test_another_write_key_is_refused_beside_a_client_that_is_open(make_client: 
     make_client("one-key", deliver=deliver)
     with pytest.raises(SourceMismatch, match="outbox_dir"):
         make_client("other-key", deliver=not deliver)
+
+
+@pytest.mark.parametrize("by", ["argument", "environment"])
+def test_a_client_stays_in_its_folder_when_the_current_one_changes(
+    make_client: MakeClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    """As a daemon's does."""
+    monkeypatch.chdir(tmp_path)
+    if by == "environment":
+        monkeypatch.setenv("SEGMENT_DURABLE_DIR", "box")
+    client = make_client(outbox_dir="box" if by == "argument" else None, deliver=False)
+    assert client.track("u", "before")[0]
+    client.shutdown()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.delenv("SEGMENT_DURABLE_DIR", raising=False)
+    assert client.track("u", "after")[0]
+    assert client.stats().pending == 2
+
+
+def test_without_a_current_folder_the_error_names_the_remedy(
+    make_client: MakeClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone() -> str:
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(os, "getcwd", gone)
+    with pytest.raises(OutboxUnavailable, match="set outbox_dir to an absolute path"):
+        make_client(outbox_dir="box")
+
+
+def test_a_key_file_is_read_once(make_client: MakeClient, tmp_path: Path) -> None:
+    """A worker that runs as another user can't read it after the fork."""
+    app, pem = OAuthApp.generate()
+    path = tmp_path / "key.pem"
+    path.write_text(pem)
+    with Receiver(oauth=app) as receiver:
+        oauth = {"oauth_client_id": "test-app", "oauth_key_id": "test-key", "oauth_auth_server": receiver.url}
+        first = make_client(host=receiver.url, oauth_client_key=path, **oauth)
+        second = make_client(host=receiver.url, oauth_client_key=path, **oauth)  # shares what the first has opened
+        path.unlink()
+        first.shutdown()
+        second.shutdown()
+        for number, client in enumerate((second, first)):  # and now it is the other one that opens it
+            assert client.track("u", str(number))[0]
+            assert client.flush(10) is True
+            client.shutdown()
+        assert names(receiver) == ["0", "1"]
+
+
+def test_a_call_does_not_raise_though_another_client_has_opened_the_outbox_otherwise_meanwhile(
+    make_client: MakeClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    errors: list[Exception] = []
+    first = make_client(deliver=False, on_error=lambda error, items: errors.append(error))
+    first.shutdown()
+    second = make_client(deliver=False, host="https://another.example")
+    assert first.track("u", "e")[0] is False
+    assert first.flush(1) is False
+    assert isinstance(errors[0], ConfigError)
+    assert "host" in caplog.text
+    second.shutdown()
+    assert first.track("u", "e")[0] is True
 
 
 def test_the_last_events_that_were_refused_are_told_at_the_end(

@@ -313,7 +313,7 @@ def test_the_default_folder_is_below_the_users_state_folder(monkeypatch: pytest.
         assert default_outbox_dir(KEY).parent == tmp_path / "state/segment-durable"
     monkeypatch.setenv(ENVIRONMENT_DIR, str(tmp_path / "ours"))
     assert default_outbox_dir(KEY).parent == tmp_path / "ours"
-    assert config().outbox_path() == default_outbox_dir(KEY)
+    assert config().outbox_path == default_outbox_dir(KEY)
     monkeypatch.setenv(ENVIRONMENT_DIR, "~/ours")
     assert default_outbox_dir(KEY).parent == tmp_path / "home/ours"
     monkeypatch.setenv(ENVIRONMENT_DIR, "here")
@@ -330,16 +330,16 @@ def test_each_source_has_a_folder_of_its_own_whose_name_does_not_tell_the_key() 
 
 
 def test_no_folder_is_made_by_asking_for_it(tmp_path: Path) -> None:
-    config().outbox_path()
+    config().outbox_path
     assert not (tmp_path / "home").exists()
 
 
 def test_outbox_dir_may_be_relative_or_below_the_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert config(outbox_dir="~/box").outbox_path() == tmp_path / "home/box"
-    assert config(outbox_dir=Path("~/box")).outbox_path() == tmp_path / "home/box"
-    assert config(outbox_dir="./~box").outbox_path() == Path.cwd() / "~box"
+    assert config(outbox_dir="~/box").outbox_path == tmp_path / "home/box"
+    assert config(outbox_dir=Path("~/box")).outbox_path == tmp_path / "home/box"
+    assert config(outbox_dir="./~box").outbox_path == Path.cwd() / "~box"
     monkeypatch.chdir(tmp_path)
-    path = config(outbox_dir="a/../box").outbox_path()
+    path = config(outbox_dir="a/../box").outbox_path
     assert path == Path(os.path.abspath("box"))
     assert path.is_absolute()
 
@@ -354,8 +354,8 @@ def test_without_any_home_the_error_names_the_remedy(
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(pwd, "getpwuid", nobody)
     with pytest.raises(OutboxUnavailable, match=f"set outbox_dir, or {ENVIRONMENT_DIR}"):
-        config(**settings).outbox_path()
-    assert config(outbox_dir="/var/spool/box").outbox_path() == Path("/var/spool/box")
+        config(**settings).outbox_path
+    assert config(outbox_dir="/var/spool/box").outbox_path == Path("/var/spool/box")
 
 
 def test_a_relative_answer_about_the_state_folder_is_no_place_to_keep_events(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -367,7 +367,7 @@ def test_a_relative_answer_about_the_state_folder_is_no_place_to_keep_events(mon
 
 def test_an_unknown_users_home_is_not_a_folder_called_tilde(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OutboxUnavailable, match="no such home"):
-        config(outbox_dir="~no-such-user-here/box").outbox_path()
+        config(outbox_dir="~no-such-user-here/box").outbox_path
     monkeypatch.setenv(ENVIRONMENT_DIR, "~no-such-user-here")
     with pytest.raises(OutboxUnavailable, match="no such home"):
         default_outbox_dir(KEY)

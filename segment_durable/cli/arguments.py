@@ -94,7 +94,7 @@ def locate(args: argparse.Namespace) -> Path:
 
 
 def _outbox_of(key: str, origin: str) -> Path:
-    folder = Config(write_key=key).outbox_path()
+    folder = Config(write_key=key).outbox_path
     if not os.path.lexists(folder):
         raise OutboxUnavailable(
             folder, f"there is no outbox of the source in {origin}: if its program sets outbox_dir, use --outbox DIR"
