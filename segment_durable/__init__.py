@@ -196,7 +196,7 @@ def _default_client() -> Client | _Unopened:
             try:
                 default_client, _unopened = Client(**settings), None
                 return default_client
-            except OutboxUnavailable as problem:
+            except (OutboxUnavailable, OutboxBusy, StorageError) as problem:
                 from segment_durable.unopened import Unopened as _Unopened
 
                 _unopened = _Unopened(settings, problem)

@@ -33,8 +33,8 @@ class Client:
     """Takes events into the outbox of one source and has them delivered.
 
     The settings are those of segment-analytics-python's `Client`, in its order, and some more; `docs/settings.md`
-    describes each.  Raises `ConfigError` for a wrong setting and `OutboxUnavailable`, `NotAnOutbox` or
-    `SourceMismatch` if the outbox can't be used.
+    describes each.  Raises `ConfigError` for a wrong setting and an `OutboxError` if the outbox can't be used:
+    `OutboxUnavailable`, `NotAnOutbox`, `SourceMismatch`, or `OutboxBusy` if others keep it locked for five seconds.
 
     The calls return `(accepted, message)`.  `accepted` is True once the message is committed to the outbox; it is
     False, with nothing stored, if `max_queue_size` events are waiting or the disk refuses the write.  They raise

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
-__all__ = ["Clock", "SystemClock", "utc_timestamp"]
+__all__ = ["Clock", "SystemClock", "Waitable", "utc_timestamp"]
 
 # CLOCK_BOOTTIME goes on while the machine sleeps, which CLOCK_MONOTONIC does not on Linux: a Retry-After of an hour
 # is over after an hour, whether or not the lid was shut.
 _BOOT_CLOCK = getattr(time, "CLOCK_BOOTTIME", None)
+
+
+class Waitable(Protocol):
+    """What a clock waits for: a `threading.Event`, or what is like one."""
+
+    def is_set(self) -> bool: ...
+
+    def wait(self, timeout: float | None = None) -> bool: ...
 
 
 class Clock(Protocol):
@@ -28,7 +35,7 @@ class Clock(Protocol):
     def boot_id(self) -> str:
         """A name of this start of the machine, or "" where the system has none."""
 
-    def wait(self, event: threading.Event, seconds: float) -> bool:
+    def wait(self, event: Waitable, seconds: float) -> bool:
         """Wait until `event` is set, at most `seconds`; whether it is set."""
 
 
@@ -44,7 +51,7 @@ class SystemClock:
     def boot_id(self) -> str:
         return _boot_id()
 
-    def wait(self, event: threading.Event, seconds: float) -> bool:
+    def wait(self, event: Waitable, seconds: float) -> bool:
         return event.wait(seconds)
 
 

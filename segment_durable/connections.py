@@ -6,18 +6,24 @@ lock and threads can commit together.  The other reads, under a mutex of its own
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sqlite3
 import threading
 import time
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 
 from segment_durable.admission import Admission, disk_full
 from segment_durable.damage import Damage
-from segment_durable.database_file import PAGE_SIZE, Files, connect, connect_for_reading, identify, unavailable
+from segment_durable.database_file import (
+    PAGE_SIZE,
+    Files,
+    connect,
+    connect_for_reading,
+    identify,
+    roll_back,
+    unavailable,
+)
 from segment_durable.errors import OutboxError, StorageError
 from segment_durable.identity import Damaged
 from segment_durable.locks import LockFile
@@ -25,7 +31,15 @@ from segment_durable.quarantine import finish
 from segment_durable.reserve import Reserve
 from segment_durable.sqlite_errors import SQLITE_PROBLEMS, is_damage, storage_error
 
-__all__ = ["SPARE_PAGES", "WRITE_TIMEOUT", "Connections", "abandon_connections", "living_connections"]
+__all__ = [
+    "SPARE_PAGES",
+    "WRITE_TIMEOUT",
+    "Connections",
+    "Reader",
+    "Writer",
+    "abandon_connections",
+    "living_connections",
+]
 
 WRITE_TIMEOUT = 5.0  # seconds that a write waits for other writers
 SPARE_PAGES = 32  # of the largest file that the process may write: not for puts
@@ -61,14 +75,9 @@ class Connections:
 
     # -- use
 
-    @contextlib.contextmanager
-    def writer(self) -> Iterator[sqlite3.Connection]:
+    def writer(self) -> Writer:
         """The connection for writing, under the writer lock."""
-        self.lock.acquire(WRITE_TIMEOUT)
-        try:
-            yield self.current()
-        finally:
-            self.lock.release()
+        return Writer(self)
 
     def current(self) -> sqlite3.Connection:
         """The connection for writing, under the writer lock: never one to a database that was set aside."""
@@ -82,37 +91,39 @@ class Connections:
         """Whether a transaction is open; under the mutex, and so it is this thread's own."""
         return self._connection is not None and self._connection.in_transaction
 
-    @contextlib.contextmanager
-    def translated(self) -> Iterator[None]:
-        """Under the writer lock: what SQLite raises becomes a `StorageError`; a damaged database is replaced."""
-        try:
-            yield
-        except SQLITE_PROBLEMS as problem:
-            error = storage_error(problem)
-            if is_damage(error):
-                self.replace(error, self.generation)
-            raise error from problem
+    def reader(self, timeout: float) -> Reader:
+        """The connection for reading, under its mutex, for which `timeout` seconds are waited at most."""
+        return Reader(self, timeout)
 
-    @contextlib.contextmanager
-    def reader(self, timeout: float) -> Iterator[sqlite3.Connection]:
-        """The connection for reading, under its mutex; errors as from `translated`."""
-        if not self._reading_mutex.acquire(timeout=timeout):
-            raise StorageError("the outbox is in use by another thread", "SQLITE_BUSY")
-        try:
-            reading = self._reading
-            if reading is None or (not reading.in_transaction and self.lock.generation() != self._reading_generation):
-                reading = self._open_for_reading(timeout)
-            generation = self._reading_generation
-            try:
-                yield reading
-            except SQLITE_PROBLEMS as problem:
-                error = storage_error(problem)
-                if is_damage(error):
-                    self.replace(error, generation)
-                raise error from problem
-        finally:
-            self._reading_mutex.release()
-        self._damage.tell()
+    def explained(self, problem: Exception, generation: int | None = None) -> StorageError:
+        """What SQLite has raised, as a `StorageError`; the database of that generation is replaced if it is damaged.
+
+        `None`: that of the connection for writing, under the writer lock.
+        """
+        error = storage_error(problem)
+        if is_damage(error):
+            self.replace(error, self.generation if generation is None else generation)
+        return error
+
+    def is_outermost(self) -> bool:
+        """Whether this thread is in no other call on this outbox, as a signal handler's is."""
+        return not (self.lock.is_owned() or self._reading_mutex._is_owned())  # type: ignore[attr-defined]
+
+    def unwind(self) -> None:
+        """An exception has ended the outermost call of this thread: nothing that it took stays taken.
+
+        A signal handler may raise between any two steps (a time limit of Celery's, Ctrl-C): also between taking a lock
+        and the `try` that lets it go, or on the way into what lets it go.
+        """
+        mutex = self._reading_mutex
+        if mutex._is_owned():  # type: ignore[attr-defined]
+            if self._reading is not None:
+                roll_back(self._reading)
+            while mutex._is_owned():  # type: ignore[attr-defined]
+                mutex.release()
+        if self.lock.is_owned() and self._connection is not None:
+            roll_back(self._connection)
+        self.lock.unwind()
 
     def limit_pages(self, connection: sqlite3.Connection, spare: int) -> None:
         """Where files may not grow beyond a size: a database of more could never take in its WAL."""
@@ -213,6 +224,8 @@ class Connections:
             return
         self._closed = True
         end = time.monotonic() + timeout
+        if not self.is_outermost():
+            return  # a signal handler: the call that it has interrupted goes on with them
         if self._reading_mutex.acquire(timeout=timeout):
             try:
                 if not self.lock.mutex.acquire(timeout=max(0.0, end - time.monotonic())):
@@ -224,9 +237,47 @@ class Connections:
             finally:
                 self._reading_mutex.release()
             self.lock.close(max(0.0, end - time.monotonic()))
-        # Otherwise a thread is at work in there: its connection and the lock file end with the process.
+        # Otherwise a thread is at work in there: what it uses ends with it, or with the process.
 
     # -- inside
+
+    def _begin_reading(self, timeout: float) -> sqlite3.Connection:
+        if not self._reading_mutex.acquire(timeout=timeout):
+            raise StorageError("the outbox is in use by another thread", "SQLITE_BUSY")
+        try:
+            reading = self._reading
+            if reading is None or (not reading.in_transaction and self.lock.generation() != self._reading_generation):
+                reading = self._open_for_reading(timeout)
+            return reading
+        except BaseException:
+            self._reading_mutex.release()
+            raise
+
+    def _end_reading(self, problem: BaseException | None, generation: int) -> None:
+        try:
+            if isinstance(problem, SQLITE_PROBLEMS):
+                raise self.explained(problem, generation) from problem
+        finally:
+            self._reading_mutex.release()
+        if problem is None:
+            self._damage.tell()
+
+    def _open_for_reading(self, timeout: float) -> sqlite3.Connection:
+        if not self.lock.mutex.acquire(timeout=timeout):
+            raise StorageError("the outbox is in use by another thread", "SQLITE_BUSY")
+        try:
+            connection = None
+            while connection is None:  # also if a signal handler has taken the one that was just opened
+                if self._connection is None or self._spare is None or self.lock.generation() != self.generation:
+                    self._open()
+                connection, self._spare = self._spare, None
+            old, self._reading = self._reading, connection
+            self._reading_generation = self.generation
+        finally:
+            self.lock.mutex.release()
+        if old is not None:
+            old.close()
+        return connection
 
     def _open(self) -> sqlite3.Connection:
         """Connect, under the mutex; create or check the schema, which takes the writer lock."""
@@ -285,22 +336,6 @@ class Connections:
             self._damage.is_gone = True
         return connection
 
-    def _open_for_reading(self, timeout: float) -> sqlite3.Connection:
-        if not self.lock.mutex.acquire(timeout=timeout):
-            raise StorageError("the outbox is in use by another thread", "SQLITE_BUSY")
-        try:
-            if self._connection is None or self._spare is None or self.lock.generation() != self.generation:
-                self._open()
-            connection, self._spare = self._spare, None
-            assert connection is not None
-            old, self._reading = self._reading, connection
-            self._reading_generation = self.generation
-        finally:
-            self.lock.mutex.release()
-        if old is not None:
-            old.close()
-        return connection
-
     def _close_spare(self) -> None:
         spare, self._spare = self._spare, None
         if spare is not None:
@@ -325,6 +360,53 @@ class Connections:
             connection.close()
         finally:
             self.lock.release()
+
+
+# Classes, and no generators: one of those that a signal handler's exception has left behind would go on to its
+# `finally` whenever it is collected, and let go of what another call has taken by then.
+
+
+class Writer:
+    """What `Connections.writer` returns; SQLite's errors leave it as `StorageError`s."""
+
+    __slots__ = ("_connections",)
+
+    def __init__(self, connections: Connections) -> None:
+        self._connections = connections
+
+    def __enter__(self) -> sqlite3.Connection:
+        self._connections.lock.acquire(WRITE_TIMEOUT)
+        try:
+            return self._connections.current()
+        except BaseException:
+            self._connections.lock.release()
+            raise
+
+    def __exit__(self, kind: object, problem: BaseException | None, trace: object) -> None:
+        try:
+            if isinstance(problem, SQLITE_PROBLEMS):
+                raise self._connections.explained(problem) from problem
+        finally:
+            self._connections.lock.release()
+
+
+class Reader:
+    """What `Connections.reader` returns; SQLite's errors leave it as `StorageError`s."""
+
+    __slots__ = ("_connections", "_generation", "_timeout")
+
+    def __init__(self, connections: Connections, timeout: float) -> None:
+        self._connections = connections
+        self._timeout = timeout
+        self._generation = -1
+
+    def __enter__(self) -> sqlite3.Connection:
+        reading = self._connections._begin_reading(self._timeout)
+        self._generation = self._connections._reading_generation
+        return reading
+
+    def __exit__(self, kind: object, problem: BaseException | None, trace: object) -> None:
+        self._connections._end_reading(problem, self._generation)
 
 
 # Weakly: also those of an engine that has been closed, but whose thread has not left yet.

@@ -5,14 +5,13 @@ Nothing here knows what an event is.
 
 from __future__ import annotations
 
-import contextlib
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from segment_durable.admission import Admission
-from segment_durable.connections import WRITE_TIMEOUT, Connections
+from segment_durable.connections import WRITE_TIMEOUT, Connections, Reader
 from segment_durable.damage import Damage
 from segment_durable.database_file import DATABASE_NAME, PAGE_SIZE, make_folder, roll_back, unavailable
 from segment_durable.errors import OutboxBusy, StorageError
@@ -51,30 +50,19 @@ class Database:
         self.connections = Connections(self.path, self.lock, self.reserve, self.admission, self.damage, full=full)
         self.wal = Wal(self.connections, self.reserve, self.admission, self.damage)
         self.space = Space(self.connections, self.wal, self.reserve, self.admission)
+        is_outermost = self.connections.is_outermost()
         try:
             with self.connections.writer():  # which opens them
                 pass
         except BaseException:
+            if is_outermost:
+                self.connections.unwind()
             self.connections.close()
             raise
 
-    @contextlib.contextmanager
-    def write(self) -> Iterator[sqlite3.Connection]:
+    def write(self) -> Transaction:
         """One transaction of the only writer; rolled back if the block raises.  It may not be nested."""
-        with self.connections.writer() as connection, self.connections.translated():
-            connection.execute("BEGIN IMMEDIATE")
-            before = connection.total_changes
-            try:
-                yield connection
-                connection.execute("COMMIT")
-            except BaseException as problem:
-                roll_back(connection)
-                if isinstance(problem, sqlite3.Error):
-                    self.admission.note(storage_error(problem))
-                raise
-            is_changed = connection.total_changes != before
-        if is_changed:
-            self.wal.wrote(4 * PAGE_SIZE)
+        return Transaction(self)
 
     def write_one(
         self, statement: str, parameters: tuple[Any, ...], ready: Callable[[], None] | None = None
@@ -100,24 +88,17 @@ class Database:
             if not is_damage(error):
                 raise error from problem
         self.connections.replace(error, self.connections.generation)
-        with self.connections.translated():
+        try:
             return self.connections.current().execute(statement, parameters)
+        except SQLITE_PROBLEMS as problem:
+            raise self.connections.explained(problem) from problem
 
-    @contextlib.contextmanager
-    def read(self, timeout: float = WRITE_TIMEOUT) -> Iterator[sqlite3.Connection]:
+    def read(self, timeout: float = WRITE_TIMEOUT) -> Snapshot:
         """One consistent view of what is committed; blocks other readers of this process, and no writer.
 
         Raises `StorageError` if another thread keeps the connection for `timeout` seconds.
         """
-        with self.connections.reader(timeout) as connection:
-            outermost = not connection.in_transaction
-            if outermost:
-                connection.execute("BEGIN")
-            try:
-                yield connection
-            finally:
-                if outermost:
-                    roll_back(connection)
+        return Snapshot(self.connections.reader(timeout))
 
     def read_one(self, statement: str, parameters: tuple[Any, ...] = (), timeout: float = WRITE_TIMEOUT) -> Any:
         """The first row of one statement, None if there is none; `timeout` as for `read`."""
@@ -139,3 +120,78 @@ class Database:
         """A number that changes with each commit, by whatever process; and now and then without one."""
         version: int = self.read_one("PRAGMA data_version")[0]
         return version
+
+
+class Transaction:
+    """What `Database.write` returns."""
+
+    __slots__ = ("_before", "_connection", "_database", "_writer")
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._writer = database.connections.writer()
+
+    def __enter__(self) -> sqlite3.Connection:
+        connection = self._connection = self._writer.__enter__()
+        self._before = connection.total_changes
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+        except BaseException as problem:
+            self._end(problem)
+            raise
+        return connection
+
+    def __exit__(self, kind: object, problem: BaseException | None, trace: object) -> None:
+        if problem is None:
+            try:
+                self._connection.execute("COMMIT")
+            except BaseException as failure:
+                self._end(failure)
+                raise
+        self._end(problem)
+
+    def _end(self, problem: BaseException | None) -> None:
+        connection, database = self._connection, self._database
+        try:
+            if problem is not None:
+                roll_back(connection)
+                if isinstance(problem, sqlite3.Error):
+                    database.admission.note(storage_error(problem))
+            is_changed = connection.total_changes != self._before
+        finally:
+            self._writer.__exit__(None, problem, None)
+        if is_changed and problem is None:
+            database.wal.wrote(4 * PAGE_SIZE)
+
+
+class Snapshot:
+    """What `Database.read` returns."""
+
+    __slots__ = ("_connection", "_is_outermost", "_reader")
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+
+    def __enter__(self) -> sqlite3.Connection:
+        connection = self._connection = self._reader.__enter__()
+        self._is_outermost = not connection.in_transaction
+        if self._is_outermost:
+            try:
+                connection.execute("BEGIN")
+            except BaseException as problem:
+                self._end(problem)
+                raise
+        return connection
+
+    def __exit__(self, kind: object, problem: BaseException | None, trace: object) -> None:
+        self._end(problem)
+
+    def _end(self, problem: BaseException | None) -> None:
+        try:
+            if self._is_outermost:
+                # Not by a function of ours, at whose beginning a signal handler may raise: then nobody would do it.
+                self._connection.rollback()
+        except sqlite3.Error:
+            pass  # SQLite has ended it by itself
+        finally:
+            self._reader.__exit__(None, problem, None)

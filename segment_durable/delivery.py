@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -91,6 +92,7 @@ class Delivery:
         self._write_key = config.write_key
         self._room = room(config.write_key)
         self._lease: Lease | None = None
+        self._token = b""  # of the last lease that was asked for
         # Ranges of ids within the lease, the next one last; more than one while a refused batch is being halved.
         self._work: list[tuple[int, int]] = []
         # Where the ranges ended when an attempt failed in the middle of a halving, which then goes on from there: begun
@@ -119,7 +121,10 @@ class Delivery:
             threads = self._config.thread
             size = self._config.upload_size
             limit = size * (_BATCHES_A_LEASE if threads == 1 else 1)
-            found = self._outbox.lease(limit, self._config.lease, batch=size, max_leases=threads, hurry=hurry)
+            self._token = secrets.token_bytes(16)
+            found = self._outbox.lease(
+                limit, self._config.lease, batch=size, max_leases=threads, hurry=hurry, token=self._token
+            )
             if isinstance(found, NotNow):
                 return Step(found.reason, seconds=found.seconds, exhausted=found.exhausted)
             self._lease = found
@@ -151,6 +156,14 @@ class Delivery:
         self._give_up()
         self._uploader.close()
 
+    def abandon(self) -> None:
+        """For when a step was ended by an exception that is none of ours, a signal handler's: as if we had died there.
+
+        Nothing can be said of what was between two steps; what was leased is taken over.
+        """
+        self._outbox.forget(self._token)
+        self._uploader.close()
+
     @property
     def is_under_way(self) -> bool:
         """Whether there is something leased that the next step goes on with."""
@@ -173,7 +186,7 @@ class Delivery:
         try:
             self._outbox.release(lease, backoff)
         except OutboxError:
-            self._outbox.forget(lease)
+            self._outbox.forget(lease.token)
 
     def _next_batch(self) -> Batch | None:
         assert self._lease is not None

@@ -116,6 +116,15 @@ class Intake:
         waiting.  Threads that come at the same time are committed in one transaction.
         """
         parameters = (max_pending or _NO_LIMIT, appended_at, body)
+        is_outermost = self._db.connections.is_outermost()
+        try:
+            return self._append(parameters)
+        except BaseException:
+            if is_outermost:
+                self._db.connections.unwind()
+            raise
+
+    def _append(self, parameters: tuple[int, int, bytes]) -> bool:
         db, lock = self._db, self._db.lock
         if not self._waiting and lock.acquire_unless_busy(WRITE_TIMEOUT):
             try:
@@ -125,7 +134,7 @@ class Intake:
                     self.newest = done.lastrowid or 0
             finally:
                 lock.release()
-            db.wal.wrote(len(body))
+            db.wal.wrote(len(parameters[2]))
             return accepted
         put = _Put(parameters)
         self._waiting.append(put)

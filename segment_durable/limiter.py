@@ -15,7 +15,7 @@ class Limiter:
     def __init__(self, interval: float, clock: Clock) -> None:
         self._interval = interval
         self._clock = clock
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # for signal handlers
         self._next: float | None = None
         self._count = 0
 

@@ -10,6 +10,7 @@ whatever number of outboxes and clients refers to it, and nothing else ever open
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import random
@@ -91,6 +92,8 @@ class LockFile:
         # Reentrant, because a signal handler or a finalizer may call track() in the middle of a call to track().
         self.mutex = threading.RLock()
         self._acquire_mutex = self.mutex.acquire
+        # Whether this very thread has the mutex: then this is a signal handler or a finalizer within another call.
+        self.is_owned: Callable[[], bool] = self.mutex._is_owned  # type: ignore[attr-defined]
         # Who waits for the mutex has this, and keeps it until the end, and new puts of other threads come after that.
         # A thread that only waited would be woken at each release, find the mutex taken again by a busy caller, and
         # both would pay for that more than the work costs that it waits with.
@@ -109,6 +112,9 @@ class LockFile:
 
     @classmethod
     def open(cls, path: Path) -> LockFile:
+        if cls._registry_lock.is_owned():
+            # Two descriptors of one file would be worse: closing the one ends the locks of the other.
+            raise OutboxBusy("the call was made by a signal handler while its thread was opening or closing an outbox")
         with cls._registry_lock:
             try:
                 found = os.stat(path)
@@ -131,11 +137,14 @@ class LockFile:
             return made
 
     def close(self, timeout: float) -> None:
-        """Waits `timeout` seconds at most for a thread that writes; then the file stays open, for who opens it next."""
+        """Waits `timeout` seconds at most for a thread that writes; then the file stays open, for who opens it next.
+
+        And at once where that thread is this one, which is a signal handler then.
+        """
         with self._registry_lock:
             self._shares -= 1
             # Whoever waits for the mutex must not lock a descriptor that means another file by then.
-            if self._shares or not self.mutex.acquire(timeout=timeout):
+            if self._shares or self.is_owned() or not self.mutex.acquire(timeout=timeout):
                 return
             try:
                 for key, each in list(self._registry.items()):
@@ -172,10 +181,6 @@ class LockFile:
                 return False
             self._gate.release()
         return self._acquire_mutex(timeout=max(0.0, end - time.monotonic()))
-
-    def is_owned(self) -> bool:
-        """Whether this very thread has the mutex: then this is a signal handler or a finalizer within another call."""
-        return bool(self.mutex._is_owned())  # type: ignore[attr-defined]
 
     def _acquire_next(self, timeout: float) -> None:
         end = time.monotonic() + timeout
@@ -223,6 +228,22 @@ class LockFile:
             self._gate.release()
         else:
             self.mutex.release()
+
+    def unwind(self) -> None:
+        """Let go of all that this thread has of the lock, however far an exception let it come with taking it."""
+        has_gate = self._gate._is_owned()  # type: ignore[attr-defined]
+        if has_gate:
+            self._kept_gate = self._is_next = False
+        if self.is_owned():
+            self._depth = 0
+            self._has_file = False
+            if self._fd >= 0:
+                with contextlib.suppress(OSError):
+                    self._unlock_file()  # it may be locked before anything says so
+            while self.is_owned():
+                self.mutex.release()
+        if has_gate:
+            self._gate.release()
 
     def raise_generation(self) -> None:
         """Another database is about to take the outbox's place.  Under the writer lock."""

@@ -43,7 +43,7 @@ class Tokens:
         self._scope = config.oauth_scope
         self._key = _private_key(config.oauth_pem)
         self._clock = clock
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._token: str | None = None
         self._good_until = 0.0  # on the boot clock
         self._skew = 0.0  # the server's clock minus ours, in seconds
@@ -54,15 +54,20 @@ class Tokens:
         If a new one is needed, one thread fetches it through its `transport` while the others wait for it.  Raises
         `TokenRefused`.  `timeout`: seconds as for a `Transport`.
         """
-        if not self._lock.acquire(timeout=2 * timeout + 1):
-            raise TokenRefused(Outcome(Kind.UNREACHABLE, code="oauth", message="another thread is waiting for a token"))
         try:
+            if not self._lock.acquire(timeout=2 * timeout + 1):
+                raise TokenRefused(
+                    Outcome(Kind.UNREACHABLE, code="oauth", message="another thread is waiting for a token")
+                )
             if self._token is None or self._clock.boot() >= self._good_until:
                 self._token = None
                 self._token, self._good_until = self._fetch(transport, timeout)
             return self._token
         finally:
-            self._lock.release()
+            try:
+                self._lock.release()
+            except RuntimeError:
+                pass  # it was not got
 
     def invalidate(self, token: str) -> None:
         """Drop `token`, which was not accepted; one that has replaced it meanwhile is kept."""

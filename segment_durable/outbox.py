@@ -70,9 +70,26 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+def _whole(method: Callable[Concatenate[Outbox, P], R]) -> Callable[Concatenate[Outbox, P], R]:
+    """What an exception ends, of whatever origin, leaves nothing taken: see `Connections.unwind`."""
+
+    @wraps(method)
+    def unwinding(self: Outbox, /, *args: P.args, **named: P.kwargs) -> R:
+        is_outermost = self.db.connections.is_outermost()
+        try:
+            return method(self, *args, **named)
+        except BaseException:
+            if is_outermost:
+                self.db.connections.unwind()
+            raise
+
+    return unwinding
+
+
 def _with_reserve(method: Callable[Concatenate[Outbox, P], R]) -> Callable[Concatenate[Outbox, P], R]:
     """On a full disk: free the reserve, and do it once more.  Nothing was changed by what failed."""
 
+    @_whole
     @wraps(method)
     def trying(self: Outbox, /, *args: P.args, **named: P.kwargs) -> R:
         try:
@@ -88,6 +105,7 @@ def _with_reserve(method: Callable[Concatenate[Outbox, P], R]) -> Callable[Conca
 def _after_damage(method: Callable[Concatenate[Outbox, P], R]) -> Callable[Concatenate[Outbox, P], R]:
     """Read once more if the database was damaged: another has taken its place."""
 
+    @_whole
     @wraps(method)
     def trying(self: Outbox, /, *args: P.args, **named: P.kwargs) -> R:
         try:
@@ -121,6 +139,7 @@ class Outbox:
                     raise unavailable(folder, problem) from problem
                 raise
 
+    @_whole
     def close(self, timeout: float = WRITE_TIMEOUT) -> None:
         """Close the files, waiting for other threads and processes `timeout` seconds at most.
 
@@ -138,19 +157,27 @@ class Outbox:
 
     @_with_reserve
     def lease(
-        self, limit: int, seconds: float, *, batch: int = 1, max_leases: int = 1, hurry: bool = False
+        self,
+        limit: int,
+        seconds: float,
+        *,
+        batch: int = 1,
+        max_leases: int = 1,
+        hurry: bool = False,
+        token: bytes | None = None,
     ) -> Lease | NotNow:
         """Take the first `limit` events that nobody has, for `seconds`.
 
         Of more than `batch` events as many as make whole batches, so that no small one has to follow them.  At most
         `max_leases` leases live at once; with 1, events leave in order.  `hurry` goes before the end of a backoff, but
-        not of one that the receiver asked for.
+        not of one that the receiver asked for.  `token` is the lease's name, for who may have to `forget` it without
+        having got it; `None` has one made.
         """
         newest = self.newest()
         if newest <= self._none_through and self.db.read_one("SELECT min(id) FROM event")[0] is None:
             return NotNow("empty", None)  # found out without waiting for the writers
         self.db.space.check_delivery()
-        token = secrets.token_bytes(16)
+        token = token or secrets.token_bytes(16)
         try:
             found = self._lease(token, limit, seconds, batch, max_leases, hurry)
             if isinstance(found, NotNow) and found.reason == "empty":
@@ -310,9 +337,9 @@ class Outbox:
         self.db.lock.held.discard(lease.token)
         return bool(removed)
 
-    def forget(self, lease: Lease) -> None:
+    def forget(self, token: bytes) -> None:
         """Give a lease up without touching the disk, for when that fails: the next `lease()` finds it dead."""
-        self.db.lock.held.discard(lease.token)
+        self.db.lock.held.discard(token)
 
     @_with_reserve
     def expire(self, older_than: float, limit: int = 1000) -> list[bytes]:
@@ -339,6 +366,7 @@ class Outbox:
                 _count(connection, "expired = expired + ?, last_id = max(last_id, ?)", (len(expired), expired[-1].id))
         return [row.body for row in expired]
 
+    @_whole
     def erase(self, ids: Sequence[int] | None = None) -> int:
         """Remove pending events, all that are there now or those with these ids, for good; how many.
 
@@ -418,6 +446,7 @@ class Outbox:
         last: int = self._totals(timeout)[0]
         return last
 
+    @_whole
     def first_id(self, timeout: float = WRITE_TIMEOUT) -> int | None:
         """The lowest id among the events that have not left, or None.
 

@@ -16,7 +16,7 @@ from segment_durable.clock import Clock, SystemClock
 from segment_durable.connections import Connections, abandon_connections, living_connections
 from segment_durable.database_file import Files, hold_inherited_locks
 from segment_durable.engine import Engine, Member
-from segment_durable.errors import OutboxError, OutboxUnavailable
+from segment_durable.errors import OutboxBusy, OutboxError, OutboxUnavailable
 from segment_durable.locks import abandon_inherited
 from segment_durable.threads import PatientLock
 from segment_durable.transport import Transport
@@ -41,7 +41,7 @@ def attach(
 ) -> Engine:
     """The engine for the member's outbox in this process, made if there is none.
 
-    Raises `ConfigError`, `OutboxUnavailable`, `NotAnOutbox` or `SourceMismatch`.
+    Raises `ConfigError`, `OutboxUnavailable`, `NotAnOutbox`, `SourceMismatch` or `OutboxBusy`.
     """
     _notice_fork()
     if _unusable is not None:
@@ -49,6 +49,8 @@ def attach(
     key = os.path.realpath(member.config.outbox_path)
     if member.config.uses_oauth:
         _ = member.config.oauth_pem  # read now, also where another client's engine is there already
+    if _lock.is_owned():
+        raise OutboxBusy("the call was made by a signal handler while its thread was opening or closing an outbox")
     with _lock:
         engine = _engines.get(key)
         if engine is None:
@@ -75,7 +77,7 @@ def detach(engine: Engine, member: Member, timeout: float) -> bool:
 
 def _before_fork() -> None:
     _notice_fork()
-    _lock.acquire()
+    _lock.__enter__()
     for each in living_connections():
         if each.suspend():
             _suspended.append(each)

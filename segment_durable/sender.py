@@ -8,7 +8,9 @@ from collections.abc import Callable
 from segment_durable.clock import Clock
 from segment_durable.config import Config
 from segment_durable.delivery import Delivery, Step
+from segment_durable.errors import OutboxError
 from segment_durable.outbox import Outbox
+from segment_durable.threads import PatientLock
 from segment_durable.worker import Worker
 
 __all__ = ["Sender"]
@@ -29,12 +31,12 @@ class Sender:
         self._config = config
         self._clock = clock
         self._make_delivery = make_delivery
-        self._lock = threading.Lock()
+        self._lock = PatientLock()
         self._workers: list[Worker] = []
         self._closed = False
         self._inline: Delivery | None = None
         self._inline_ends = False
-        self._inline_lock = threading.Lock()
+        self._inline_lock = PatientLock()
         self.changed = threading.Condition()  # notified after a step that ends the wait of a flush
         self._left = 0  # events that left by steps of this sender
         self._goals: list[int] = []  # what `_left` has to come to for the flushes that wait
@@ -58,17 +60,22 @@ class Sender:
 
     def start(self) -> bool:
         """Start the threads if they aren't running; False if none can be started any more."""
+        if self._lock.is_owned():
+            return True  # within a signal handler: it is being done
         with self._lock:
             if self._closed:
                 return False
-            living = [worker for worker in self._workers if worker.is_alive() and not worker.stopping]
-            for _ in range(self._config.thread - len(living)):
+            self._workers = [worker for worker in self._workers if worker.is_alive() and not worker.stopping]
+            while len(self._workers) < self._config.thread:
                 worker = Worker(self.note, self._outbox, self._config, self._clock, self._make_delivery)
+                self._workers = [*self._workers, worker]  # first: what a signal handler raises must not hide it
                 if not worker.start():
+                    self._workers = self._workers[:-1]
                     break
-                living.append(worker)
-            self._workers = living
-            return bool(living)
+            is_running = bool(self._workers)
+        if self._closed:  # meanwhile, by a signal handler
+            self.stop(0.0, _nothing)
+        return is_running
 
     def flush(self, timeout: float | None = None) -> bool:
         """Deliver all that is pending now; whether all of it has left the outbox.
@@ -109,12 +116,24 @@ class Sender:
     def drain(self, target: int, end: float | None) -> bool:
         """Deliver in the calling thread until the event `target` has left, an attempt fails, or `end` (boot clock).
 
-        For `sync_mode`, and for where no thread can be started.
+        For `sync_mode`, and for where no thread can be started.  A signal handler can't wait for what it has
+        interrupted: there it is False at once.
         """
-        if not self._inline_lock.acquire(timeout=-1 if end is None else max(0.0, end - self._clock.boot())):
+        if self._inline_lock.is_owned():
             return False
         try:
-            self._inline_ends = False
+            if not self._inline_lock.acquire(timeout=-1 if end is None else max(0.0, end - self._clock.boot())):
+                return False
+            return self._deliver_inline(target, end)
+        finally:
+            try:
+                self._inline_lock.release()
+            except RuntimeError:
+                pass  # it was not got
+
+    def _deliver_inline(self, target: int, end: float | None) -> bool:
+        self._inline_ends = False
+        try:
             delivery = self._inline = self._inline or self._make_delivery()
             # Others may have the lease; theirs ends, or dies, within that time.
             patience = self._clock.boot() + self._config.lease
@@ -130,6 +149,13 @@ class Sender:
                 elif not step.progress:
                     return self._has_left(target, end)
             return True
+        except OutboxError:
+            raise
+        except BaseException:
+            interrupted, self._inline = self._inline, None
+            if interrupted is not None:
+                interrupted.abandon()
+            raise
         finally:
             if self._inline is not None:
                 self._inline.rest()
@@ -137,7 +163,6 @@ class Sender:
                 if self._inline_ends or self._closed:
                     self._inline.close()
                     self._inline = None
-            self._inline_lock.release()
 
     def wait_for_others(self, target: int, seconds: float) -> bool:
         """Wait, at most `seconds`, until other processes have delivered up to the event `target`."""
@@ -165,11 +190,13 @@ class Sender:
             workers, self._workers = self._workers, []
         end = self._clock.boot() + timeout
         self._inline_ends = True  # a thread that is delivering in `drain` closes its delivery when it leaves
-        if self._inline_lock.acquire(timeout=timeout):
-            inline, self._inline = self._inline, None
-            if inline is not None:
-                inline.close()
-            self._inline_lock.release()
+        if not self._inline_lock.is_owned() and self._inline_lock.acquire(timeout=timeout):
+            try:
+                inline, self._inline = self._inline, None
+                if inline is not None:
+                    inline.close()
+            finally:
+                self._inline_lock.release()
         ending = _Ending(len(workers), then)
         for worker in workers:
             worker.stop(ending.one_ended)
@@ -218,7 +245,7 @@ class _Ending:
     def __init__(self, count: int, then: Callable[[], None]) -> None:
         self._left = count
         self._then = then
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def one_ended(self) -> None:
         with self._lock:
@@ -226,3 +253,7 @@ class _Ending:
             last = self._left == 0
         if last:
             self._then()
+
+
+def _nothing() -> None:
+    pass

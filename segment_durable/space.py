@@ -131,13 +131,13 @@ class Space:
     def _shrink(self) -> tuple[int, int]:
         """Give free pages back for a short time: how many were, and how many are left."""
         connections = self._connections
-        with connections.writer() as connection, connections.translated():
+        with connections.writer() as connection:
             free: int = connection.execute("PRAGMA freelist_count").fetchone()[0]
             if not free:
                 return 0, 0
             end = time.monotonic() + _SHRINK_SECONDS
-            connection.execute("BEGIN IMMEDIATE")
             try:
+                connection.execute("BEGIN IMMEDIATE")
                 for given in range(1, free + 1):  # noqa: B007
                     # One page: it is a statement to be stepped once for each, and Python steps it once only.
                     connection.execute("PRAGMA incremental_vacuum(1)")

@@ -1,19 +1,21 @@
-"""Starting threads, where they can run; and a lock that suits a program which gevent patches later on.
+"""Starting threads, where they can run; and locks for programs that gevent patches later on, and for signal handlers.
 
 Nothing here is bound when it is imported: gunicorn's `--preload` imports the app before gevent replaces `threading`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
-__all__ = ["PatientLock", "start_thread"]
+__all__ = ["PatientLock", "Wake", "start_thread"]
+
+_RLock = type(threading.RLock())
 
 _told = False
 
@@ -58,26 +60,52 @@ def _would_stand_still() -> bool:
     return True
 
 
-class PatientLock:
-    """A lock that is asked for again and again rather than waited for.
+class PatientLock(_RLock):  # type: ignore[misc, valid-type]
+    """A reentrant lock whose `with` asks for it again and again rather than wait for it.
 
-    To wait for a lock from before gevent's patching stops all greenlets, the one that has the lock among them.
+    To wait for a lock from before gevent's patching stops all greenlets, the one that has the lock among them.  What
+    a signal handler raises within the `with` leaves it free: it is left without a step of Python's.
+    """
+
+    def __enter__(self) -> bool:
+        was_owned = self.is_owned()
+        try:
+            while not self.acquire(False):
+                time.sleep(0.001)
+        except BaseException:
+            if not was_owned and self.is_owned():
+                self.release()
+            raise
+        return True
+
+    def is_owned(self) -> bool:
+        """Whether this very thread has it: then this is a signal handler or a finalizer within another call."""
+        return bool(self._is_owned())
+
+
+class Wake:
+    """A `threading.Event` that one thread waits for, and that a signal handler may set while its own thread does.
+
+    An Event has a lock that is not reentrant: the handler would wait for ever for the thread that it has interrupted.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # free: set
+        self._lock.acquire()
 
-    def acquire(self) -> None:
-        while not self._lock.acquire(False):
-            time.sleep(0.001)
+    def is_set(self) -> bool:
+        return not self._lock.locked()
 
-    def release(self) -> None:
-        self._lock.release()
+    def set(self) -> None:
+        with contextlib.suppress(RuntimeError):  # set already
+            self._lock.release()
 
-    def __enter__(self) -> None:
-        self.acquire()
+    def clear(self) -> None:
+        self._lock.acquire(False)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.release()
+    def wait(self, timeout: float | None = None) -> bool:
+        """Whether it is set; waits `timeout` seconds at most for that, `None`: for ever."""
+        if not self._lock.acquire(timeout=-1 if timeout is None else max(0.0, timeout)):
+            return False
+        self.set()
+        return True

@@ -9,7 +9,7 @@ from typing import Any
 from segment_durable.client import Client
 from segment_durable.clock import SystemClock
 from segment_durable.engine import call
-from segment_durable.errors import OutboxUnavailable
+from segment_durable.errors import OutboxError
 from segment_durable.limiter import Limiter
 from segment_durable.records import OutboxStats
 
@@ -25,7 +25,7 @@ class Unopened:
 
     _log = Limiter(60.0, SystemClock())
 
-    def __init__(self, settings: dict[str, Any], problem: OutboxUnavailable) -> None:
+    def __init__(self, settings: dict[str, Any], problem: OutboxError) -> None:
         self._client = Client(**{**settings, "send": False})  # checks what is passed, and encodes it
         self._on_error = settings["on_error"]
         self._problem = problem

@@ -15,7 +15,7 @@ from segment_durable.db import Database
 from segment_durable.errors import OutboxError
 from segment_durable.limiter import Limiter
 from segment_durable.space import LOOK_SECONDS
-from segment_durable.threads import start_thread
+from segment_durable.threads import PatientLock, Wake, start_thread
 
 __all__ = ["Upkeep"]
 
@@ -35,11 +35,11 @@ class Upkeep:
         self._database = database
         self._wal = database.wal
         self._clock = clock
-        self._written = threading.Event()
-        self._due = threading.Event()  # don't wait for the interval to end
-        self._start_lock = threading.Lock()
+        self._written = Wake()
+        self._due = Wake()  # don't wait for the interval to end
+        self._start_lock = PatientLock()
         self._thread: threading.Thread | None = None
-        self._ending = threading.Event()
+        self._ending = Wake()
         self._trouble = Limiter(60.0, clock)
         self._least_used, self._least_at = 1 << 62, 0.0  # pages that were in use at the least, lately, and since when
         self._is_uncut = False  # a reader was in the way when the files were to be cut
@@ -67,6 +67,8 @@ class Upkeep:
         return thread is None or not thread.is_alive()
 
     def _start(self) -> None:
+        if self._start_lock.is_owned():
+            return  # within a signal handler: it is being done
         with self._start_lock:
             if self._thread is not None or self._ending.is_set():
                 return
@@ -76,6 +78,7 @@ class Upkeep:
                 self._written.clear()
 
     def _run(self) -> None:
+        self._thread = threading.current_thread()  # whatever a signal handler raised in who started it
         while not self._ending.is_set():
             self._written.wait()
             self._clock.wait(self._due, SYNC_SECONDS)

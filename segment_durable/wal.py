@@ -119,7 +119,7 @@ class Wal:
         """
         self.needs_checkpoint = False
         self.sync()  # before taking the lock: then the checkpoint's own sync of the WAL has nothing left to do
-        with self._connections.writer() as connection, self._connections.translated():
+        with self._connections.writer() as connection:
             # Not to wait for a reader: all writers of the host would wait with us.
             connection.execute("PRAGMA busy_timeout=0")
             pragma = f"PRAGMA wal_checkpoint({'TRUNCATE' if truncate or self._scarce else 'PASSIVE'})"

@@ -12,7 +12,7 @@ from segment_durable.delivery import Delivery, Step
 from segment_durable.errors import OutboxError
 from segment_durable.limiter import Limiter
 from segment_durable.outbox import Outbox
-from segment_durable.threads import start_thread
+from segment_durable.threads import Wake, start_thread
 
 __all__ = ["Worker"]
 
@@ -46,7 +46,7 @@ class Worker:
         self._make_delivery = make_delivery
         self._delivery: Delivery | None = None
         self._thread: threading.Thread | None = None
-        self.event = threading.Event()
+        self.event = Wake()
         self.appended = 0
         self.wake_at = 1  # events appended that wake the thread
         self._through: int | None = None  # all events up to that id have left, if the last step tells that
@@ -54,7 +54,7 @@ class Worker:
         self._hurry = False
         self._trouble = Limiter(60.0, clock)
         self._on_end: list[Callable[[], None]] = []
-        self._end_lock = threading.Lock()
+        self._end_lock = threading.RLock()
         self._ended = False
         self.stopping = False
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 
+from segment_durable.clock import Waitable
+
 __all__ = ["FakeClock"]
 
 
@@ -42,7 +44,7 @@ class FakeClock:
         with self._lock:
             return self._boot_id
 
-    def wait(self, event: threading.Event, seconds: float) -> bool:
+    def wait(self, event: Waitable, seconds: float) -> bool:
         """Return at once whether `event` is set; if it isn't, `seconds` have passed on both clocks."""
         if event.is_set():
             return True

@@ -77,7 +77,7 @@ class OutboxLife:
         else:
             names = []
             self.attempt(outbox.release, lease)
-        outbox.forget(lease)  # as a sender does that gives up
+        outbox.forget(lease.token)  # as a sender does that gives up
         self.journal["perhaps_left" if done is None else "left"] += names
 
     def live(self) -> None:

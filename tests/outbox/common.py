@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dis
+import functools
 import sys
 import threading
 from collections import deque
 from collections.abc import Callable
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 from segment_durable.outbox import Outbox
@@ -39,29 +41,52 @@ class Remembering(deque[Any]):
 
 
 class Interruption:
-    """Calls `handle` once, before the bytecode number `at` that the package executes: any place a signal can come."""
+    """Calls `handle` once, before the bytecode number `at` that the package executes: any place a signal can come.
 
-    def __init__(self, at: int, handle: Callable[[], object]) -> None:
+    With `checked` only those count at which Python looks for signals: after a call, at the beginning of a function and
+    in a loop.  What runs in between is not interrupted, and an exception that is raised there proves nothing.
+    """
+
+    def __init__(self, at: int, handle: Callable[[], object], *, checked: bool = False) -> None:
         self._left = at
         self._handle = handle
+        self._checked = checked
+        self._last: dict[FrameType, str] = {}
         self.happened = False
 
     def __enter__(self) -> Interruption:
         self._before = sys.gettrace()
+        # Python 3.12 looks at this when it begins to trace, and not when a new function asks for it.
+        frame = sys._getframe()
+        frame.f_trace_opcodes = True
         sys.settrace(self._trace)
         return self
 
     def __exit__(self, *_: object) -> None:
         sys.settrace(self._before)
+        self._last.clear()
 
     def _trace(self, frame: FrameType, event: str, _: object) -> Any:
         if "segment_durable" not in frame.f_code.co_filename:
             return None
         frame.f_trace_opcodes = True
-        if event == "opcode" and not self.happened:
+        if event == "opcode" and not self.happened and self._is_place(frame):
             self._left -= 1
             if self._left < 0:
                 self.happened = True
                 sys.settrace(None)
+                self._last.clear()
                 self._handle()
         return self._trace
+
+    def _is_place(self, frame: FrameType) -> bool:
+        if not self._checked:
+            return True
+        last = self._last.get(frame, "")
+        self._last[frame] = _instructions(frame.f_code)[frame.f_lasti]
+        return last.startswith("CALL") or last in ("RESUME", "JUMP_BACKWARD", "JUMP_ABSOLUTE")
+
+
+@functools.cache
+def _instructions(code: CodeType) -> dict[int, str]:
+    return {each.offset: each.opname for each in dis.get_instructions(code)}

@@ -1,0 +1,153 @@
+"""A signal handler that raises, as a time limit's does: wherever it strikes, nothing stays taken, and nothing open."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from segment_durable.outbox import Outbox
+from segment_durable.records import Backoff, Lease
+
+from .common import Interruption, bodies
+
+
+class TimeLimit(Exception):
+    pass
+
+
+def strike() -> None:
+    raise TimeLimit
+
+
+def leased(outbox: Outbox) -> Lease:
+    outbox.put(b"to be leased", 1)
+    lease = outbox.lease(10, 60, max_leases=1 << 30)
+    assert isinstance(lease, Lease)
+    return lease
+
+
+def dead_letter(outbox: Outbox) -> int:
+    lease = leased(outbox)
+    assert outbox.bury(lease, lease.first, status=400, code="http_400", answer="", max_dead=1 << 30)
+    outbox.release(lease)
+    return lease.first
+
+
+# What is done before, and what is interrupted.
+CALLS: dict[str, tuple[Callable[[Outbox], Any], Callable[[Outbox, Any], object]]] = {
+    "put": (lambda outbox: None, lambda outbox, _: outbox.put(b"interrupted", 1)),
+    "lease": (lambda outbox: outbox.put(b"waits", 1), lambda outbox, _: outbox.lease(10, 60)),
+    "ack": (leased, lambda outbox, lease: outbox.ack(lease, lease.last)),
+    "release": (leased, lambda outbox, lease: outbox.release(lease, Backoff(failures=1, not_before=1.0))),
+    "extend": (leased, lambda outbox, lease: outbox.extend(lease, 60)),
+    "bury": (
+        leased,
+        lambda outbox, lease: outbox.bury(lease, lease.first, status=400, code="", answer="", max_dead=1 << 30),
+    ),
+    "requeue": (dead_letter, lambda outbox, _: outbox.requeue()),
+    "erase_dead": (dead_letter, lambda outbox, _: outbox.erase_dead()),
+    "erase": (lambda outbox: outbox.put(b"waits", 1), lambda outbox, _: outbox.erase()),
+    "expire": (lambda outbox: outbox.put(b"old", 1), lambda outbox, _: outbox.expire(1e9)),
+    "rows": (leased, lambda outbox, lease: outbox.rows(lease.first, lease.last)),
+    "joined": (leased, lambda outbox, lease: outbox.joined(lease.first, lease.last, 100)),
+    "first_id": (lambda outbox: None, lambda outbox, _: outbox.first_id()),
+    "last_id": (lambda outbox: None, lambda outbox, _: outbox.last_id()),
+    "stats": (lambda outbox: None, lambda outbox, _: outbox.stats()),
+    "dead_letters": (dead_letter, lambda outbox, _: outbox.dead_letters()),
+}
+
+
+def check_that_nothing_is_taken(outbox: Outbox, where: str) -> None:
+    connections, lock = outbox.db.connections, outbox.db.lock
+    assert connections.is_outermost(), where
+    assert (lock.depth, lock._has_file, lock._is_next) == (0, False, False), where
+    for connection in (connections._connection, connections._reading):
+        assert connection is None or not connection.in_transaction, where
+    answers: list[object] = []
+
+    def use() -> None:  # in another thread, for this one has reentrant locks
+        try:
+            assert lock._gate.acquire(blocking=False)
+            lock._gate.release()
+            assert lock.mutex.acquire(blocking=False)
+            lock.mutex.release()
+            answers.append(outbox.put(b"afterwards", 1) and outbox.first_id() is not None)
+        except BaseException as problem:
+            answers.append(problem)
+
+    thread = threading.Thread(target=use, daemon=True)
+    thread.start()
+    thread.join(30)
+    assert answers == [True], where
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("full", [False, True], ids=["normal", "full"])
+@pytest.mark.parametrize("name", CALLS)
+def test_an_exception_from_a_signal_handler_at_any_place_leaves_nothing_taken(
+    outbox_factory: Callable[..., Outbox], name: str, full: bool
+) -> None:
+    outbox = outbox_factory(full=full)
+    prepare, call = CALLS[name]
+    places = 0
+    while True:
+        with outbox.db.write() as connection:
+            connection.execute("DELETE FROM lease")
+        outbox.erase()
+        outbox.erase_dead()
+        prepared = prepare(outbox)
+        with contextlib.suppress(TimeLimit), Interruption(places, strike, checked=True) as interruption:
+            call(outbox, prepared)
+        if not interruption.happened:
+            break
+        check_that_nothing_is_taken(outbox, f"{name} at place {places}")
+        places += 1
+    assert places > 10
+    assert outbox.stats().pending == len(bodies(outbox))
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("full", [False, True], ids=["normal", "full"])
+def test_an_exception_from_a_signal_handler_in_a_put_that_waits_leaves_nothing_taken(
+    outbox_factory: Callable[..., Outbox], full: bool
+) -> None:
+    """The other way through a put: behind a thread that has the lock, or with one that waits for its commit."""
+    outbox = outbox_factory(full=full)
+    for places in range(1 << 30):
+        entered, leave = threading.Event(), threading.Event()
+        answers: list[object] = []
+
+        def stay(entered: threading.Event = entered, leave: threading.Event = leave) -> None:
+            with outbox.db.connections.writer():
+                entered.set()
+                leave.wait(30)
+
+        def put(answers: list[object] = answers) -> None:
+            answers.append(outbox.put(b"of a thread", 1))
+
+        threads = [threading.Thread(target=each, daemon=True) for each in (stay, put)]
+        for thread in threads:
+            thread.start()
+        entered.wait(30)
+        while not outbox._intake._waiting:
+            threading.Event().wait(0.001)
+
+        def let_go(leave: threading.Event = leave) -> None:
+            leave.set()
+            raise TimeLimit
+
+        timer = threading.Timer(0.01, leave.set)  # for what comes after the wait
+        timer.start()
+        with contextlib.suppress(TimeLimit), Interruption(places, let_go, checked=True) as interruption:
+            outbox.put(b"interrupted", 1)
+        for thread in (*threads, timer):
+            thread.join(30)
+        assert answers == [True], f"at place {places}"
+        if not interruption.happened:
+            break
+        check_that_nothing_is_taken(outbox, f"at place {places}")
+    assert places > 10

@@ -1,0 +1,101 @@
+"""Signal handlers that call the API, at any place of a call: none waits for what it has interrupted."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from outbox.common import Interruption
+
+from segment_durable import Client, engine, process
+from segment_durable.outbox import Outbox
+from segment_durable.testing import FakeClock
+from segment_durable.testing.scripted import ScriptedTransport
+
+
+class TimeLimit(Exception):
+    pass
+
+
+def strike(client: Client) -> None:
+    raise TimeLimit
+
+
+def track(client: Client) -> list[str]:
+    accepted, message = client.track("u", "of the handler")
+    return [message["messageId"]] if accepted else []
+
+
+# What interrupts, and whether the interrupted call goes on; the ids of what it had accepted.
+HANDLERS: dict[str, Callable[[Client], list[str] | None]] = {
+    "track": track,
+    "flush": lambda client: client.flush(0.0) and [],  # type: ignore[dict-item]
+    "shutdown": lambda client: client.shutdown(0.0) and [],  # type: ignore[dict-item]
+    "raise": strike,
+}
+
+CALLS: dict[str, tuple[dict[str, Any], Callable[[Client], object]]] = {
+    "first track": ({}, lambda client: client.shutdown(0.0)),
+    "track": ({}, lambda client: client.track("u", "first")),
+    "track in sync_mode": ({"sync_mode": True}, lambda client: None),
+    "track with a full outbox": ({"max_queue_size": 1, "deliver": False}, lambda client: client.track("u", "first")),
+}
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # a file that was just opened is not closed
+@pytest.mark.parametrize("handler", HANDLERS)
+@pytest.mark.parametrize("call", CALLS)
+def test_a_signal_handler_at_any_place_of_a_call_ends_and_costs_no_event(
+    call: str, handler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transports: list[ScriptedTransport] = []
+
+    def make_transport(_: object) -> ScriptedTransport:
+        transports.append(ScriptedTransport())
+        return transports[-1]
+
+    monkeypatch.setattr(engine, "RequestsTransport", make_transport)
+    folder = tmp_path / "outbox"
+    settings, prepare = CALLS[call]
+    places = 0
+    while True:
+        transports.clear()
+        client = Client("test", outbox_dir=folder, upload_interval=60, on_error=lambda *_: None, **settings)
+        prepare(client)
+        accepted: list[str] = []
+
+        def handle(client: Client = client, accepted: list[str] = accepted) -> None:
+            accepted += HANDLERS[handler](client) or []
+
+        with contextlib.suppress(TimeLimit), Interruption(places, handle, checked=True) as interruption:
+            done, message = client.track("u", "interrupted")
+            if done:
+                accepted.append(message["messageId"])
+        where = f"{handler} at place {places} of: {call}"
+        done, message = client.track("u", "afterwards")
+        assert done or call == "track with a full outbox", where
+        if done:
+            accepted.append(message["messageId"])
+        client.shutdown(0.0)
+        assert not process._engines, where
+        for thread in threading.enumerate():
+            if thread.name.startswith("segment-durable"):
+                thread.join(10)
+                assert not thread.is_alive(), where
+        with contextlib.closing(Outbox(folder, FakeClock())) as outbox:
+            there = b"".join(row.body for row in outbox.rows(0, 1 << 60))
+        sent = [event["messageId"] for transport in transports for post in transport.posts for event in post.events]
+        assert [each for each in accepted if each.encode() not in there and each not in sent] == [], where
+        shutil.rmtree(folder)
+        if not interruption.happened:
+            break
+        places += 1
+    assert places > 20
