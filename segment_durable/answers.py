@@ -12,7 +12,17 @@ from math import isfinite
 
 from segment_durable.transport import Response, TransportError
 
-__all__ = ["ANSWER_LIMIT", "MAX_TOLD_WAIT", "Kind", "Outcome", "classify", "told_wait", "unanswered"]
+__all__ = [
+    "ANSWER_LIMIT",
+    "MAX_TOLD_WAIT",
+    "Kind",
+    "Outcome",
+    "classify",
+    "http_date",
+    "is_page",
+    "told_wait",
+    "unanswered",
+]
 
 MAX_TOLD_WAIT = 300.0  # seconds; a guard against an absurd header
 ANSWER_LIMIT = 2048  # characters of an answer that a dead letter keeps
@@ -45,6 +55,9 @@ class Outcome:
 
 
 _REJECTED = frozenset({400, 413, 414, 422})
+# Something in front of the receiver says these with a page, and would of every event, as nginx does of plain HTTP
+# at a port for HTTPS.  Of 413 and 414 it is the same with a page or without: the request was too long.
+_NEVER_A_PAGE = frozenset({400, 422})
 _UNAUTHORISED = frozenset({401, 403, 511})
 _RETRYABLE_4XX = frozenset({408, 410, 429, 460})
 _FINAL_5XX = frozenset({501, 505})
@@ -53,10 +66,11 @@ _FINAL_5XX = frozenset({501, 505})
 def classify(response: Response, now: float) -> Outcome:
     """The meaning of an answer; `now` is the wall clock, seconds since 1970."""
     status = response.status
+    content_type = response.headers.get("Content-Type", "")
     retry_after = 0.0
     if 200 <= status < 300:
         kind = Kind.DELIVERED
-    elif status in _REJECTED:
+    elif status in _REJECTED and not (status in _NEVER_A_PAGE and is_page(content_type)):
         kind = Kind.REJECTED
     elif status in _UNAUTHORISED:
         kind = Kind.UNAUTHORISED
@@ -73,12 +87,17 @@ def classify(response: Response, now: float) -> Outcome:
         message=message,
         answer=response.body.decode("utf-8", "replace")[:ANSWER_LIMIT],
         retry_after=retry_after,
-        content_type=response.headers.get("Content-Type", ""),
+        content_type=content_type,
     )
 
 
 def unanswered(problem: TransportError) -> Outcome:
     return Outcome(Kind.UNREACHABLE, code=problem.kind, message=str(problem))
+
+
+def is_page(content_type: str) -> bool:
+    """Whether it is that of a web page, which the receiver never sends: a proxy does, or a wrong host."""
+    return content_type.partition(";")[0].strip().lower() in ("text/html", "application/xhtml+xml")
 
 
 def told_wait(headers: Mapping[str, str], now: float) -> float:
@@ -93,7 +112,7 @@ def told_wait(headers: Mapping[str, str], now: float) -> float:
             continue
         seconds = _number(text)
         if seconds is None or seconds > _EPOCH:
-            seconds = _seconds_until(_http_date(text) if seconds is None else seconds, headers.get("Date", ""), now)
+            seconds = _seconds_until(http_date(text) if seconds is None else seconds, headers.get("Date", ""), now)
         if seconds is not None and seconds > 0:
             return min(seconds, MAX_TOLD_WAIT)
     return 0.0
@@ -113,11 +132,12 @@ def _seconds_until(until: float | None, date: str, now: float) -> float | None:
     """From the answer's own Date if it has one: then it does not matter that our clock is wrong."""
     if until is None:
         return None
-    sent = _http_date(date)
+    sent = http_date(date)
     return until - (now if sent is None else sent)
 
 
-def _http_date(text: str) -> float | None:
+def http_date(text: str) -> float | None:
+    """Seconds since 1970, None if it is no date."""
     try:
         date = parsedate_to_datetime(text)
         if date.tzinfo is None:  # "-0000": UTC, of an unknown zone

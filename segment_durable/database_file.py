@@ -73,6 +73,7 @@ def connect(path: Path, *, full: bool, is_ours: bool) -> sqlite3.Connection:
         connection.execute("PRAGMA wal_autocheckpoint=0")
         connection.execute(f"PRAGMA journal_size_limit={CHECKPOINT_BYTES}")
         connection.execute(f"PRAGMA synchronous={'FULL' if full else 'NORMAL'}")
+        connection.execute("PRAGMA fullfsync=ON")  # as `sync_file`: it changes something on macOS only
         connection.execute("PRAGMA secure_delete=FAST")  # some builds default to ON, which rewrites deleted pages
         connection.execute("PRAGMA temp_store=MEMORY")
     except (Damaged, *SQLITE_PROBLEMS) as problem:
@@ -254,14 +255,13 @@ def file_size(path: Path) -> int:
 
 
 def sync_file(fd: int) -> None:
+    """Bring the file's content to the disk.  On macOS fsync() leaves it in the drive's cache."""
     try:
         import fcntl
 
-        full_sync = fcntl.F_FULLFSYNC  # type: ignore[attr-defined, unused-ignore]
-    except (ImportError, AttributeError):
+        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)  # type: ignore[attr-defined, unused-ignore]
+    except (ImportError, AttributeError, OSError):  # OSError: not every filesystem of macOS has it
         getattr(os, "fdatasync", os.fsync)(fd)
-    else:
-        fcntl.fcntl(fd, full_sync)  # on macOS fsync() leaves the data in the drive's cache
 
 
 def sync_folder(folder: Path) -> None:

@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from segment_durable.answers import Kind, Outcome
+from segment_durable.answers import Kind, Outcome, is_page
 from segment_durable.batch import MAX_BATCH_BYTES, Batch, pack, room
 from segment_durable.clock import Clock
 from segment_durable.config import Config
@@ -311,7 +311,7 @@ class Delivery:
     def _note_odd_answer(self, outcome: Outcome) -> None:
         """A 2xx is a 2xx, but one that is a web page comes from a proxy or a wrong host: said once."""
         kind = outcome.content_type.partition(";")[0].strip().lower()
-        if kind == "text/html" and kind != self._odd_answer:
+        if is_page(kind) and kind != self._odd_answer:
             self._odd_answer = kind
             log.warning(
                 "the host answered %d with a page of type %s: check that `host` is Segment's", outcome.status, kind

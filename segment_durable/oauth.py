@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import threading
 import uuid
-from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlencode
 
@@ -13,7 +12,7 @@ import jwt
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from segment_durable.answers import Kind, Outcome, classify, unanswered
+from segment_durable.answers import Kind, Outcome, classify, http_date, unanswered
 from segment_durable.clock import Clock
 from segment_durable.config import Config
 from segment_durable.errors import ConfigError
@@ -123,9 +122,8 @@ class Tokens:
         return response if response.status == 200 else without(response, assertion)
 
     def _note_skew(self, response: Response) -> None:
-        try:
-            date = parsedate_to_datetime(response.headers["Date"]).timestamp()
-        except (KeyError, ValueError, TypeError, OverflowError, IndexError):
+        date = http_date(response.headers.get("Date", ""))
+        if date is None:
             return
         skew = date - self._clock.time()
         self._skew = skew if abs(skew) >= _SKEW_MATTERS else 0.0

@@ -48,6 +48,7 @@ __all__ = ["Outbox", "other_source"]
 
 _NO_LIMIT = 1 << 62
 _ERASED_AT_ONCE = 5_000  # events in one transaction
+_DEAD_AT_ONCE = 100  # dead letters, of up to 32 KiB each, in one transaction
 _BUSY_LOOK = 0.5  # seconds after which a sender looks again at leases of others
 
 # The first id is looked up apart: that costs less than an aggregate, by as much as the comparison takes.
@@ -122,7 +123,8 @@ class Outbox:
     """The outbox in `folder`, created if there is none.
 
     Raises `OutboxUnavailable`, `NotAnOutbox` or `SourceMismatch` if it can't be used; its methods raise
-    `StorageError` and `OutboxBusy`, and then have changed nothing.  `max_pending` of a put: 0 means no limit.
+    `StorageError` and `OutboxBusy`, and then have changed nothing (`erase`, `requeue` and `erase_dead`: nothing more).
+    `max_pending` of a put: 0 means no limit.
     """
 
     def __init__(self, folder: Path, clock: Clock, *, full: bool = False, write_key: str | None = None) -> None:
@@ -402,42 +404,15 @@ class Outbox:
                 )
             ]
 
-    @_with_reserve
+    @_whole
     def requeue(self, ids: Sequence[int] | None = None) -> int:
         """Give dead letters, all or those with these ids, another chance, behind what is pending; how many."""
-        with self.db.write() as connection:
-            if ids is None:
-                ids = [row[0] for row in connection.execute("SELECT id FROM dead ORDER BY id")]
-            moved = size = 0
-            for each in ids:
-                (length,) = connection.execute(
-                    "SELECT ifnull(sum(length(body)), 0) FROM dead WHERE id = ?", (each,)
-                ).fetchone()
-                size += length
-                found = connection.execute(
-                    "INSERT INTO event (id, appended_at, body) "
-                    "SELECT (SELECT max(last_id, ifnull((SELECT max(id) FROM event), 0)) FROM state) + 1, "
-                    "appended_at, body FROM dead "
-                    "WHERE id = ? AND typeof(appended_at) = 'integer' AND typeof(body) = 'blob'",
-                    (each,),
-                ).rowcount
-                if connection.execute("DELETE FROM dead WHERE id = ?", (each,)).rowcount != found:
-                    raise malformed()
-                moved += found
-            _count(connection, "requeued = requeued + ?", (moved,))
-        self.db.wal.wrote(size)
-        return moved
+        return self._in_portions(self._requeue, ids)
 
-    @_with_reserve
+    @_whole
     def erase_dead(self, ids: Sequence[int] | None = None) -> int:
-        """Remove dead letters, all or those with these ids, for good; how many."""
-        with self.db.write() as connection:
-            if ids is None:
-                erased = connection.execute("DELETE FROM dead").rowcount
-            else:
-                erased = sum(connection.execute("DELETE FROM dead WHERE id = ?", (each,)).rowcount for each in ids)
-            _count(connection, "dead_erased = dead_erased + ?", (erased,))
-        return erased
+        """Remove dead letters, all that are there now or those with these ids, for good; how many."""
+        return self._in_portions(self._erase_dead, ids)
 
     # -- what is there
 
@@ -518,6 +493,43 @@ class Outbox:
                     highest = max(highest, top or 0)
                     erased += connection.execute("DELETE FROM event WHERE id BETWEEN ? AND ?", (low, high)).rowcount
             _count(connection, "erased = erased + ?, last_id = max(last_id, ?)", (erased, highest))
+        return erased
+
+    def _in_portions(self, change: Callable[[Sequence[int]], int], ids: Sequence[int] | None) -> int:
+        """Do it to those dead letters, all if `None`; other writers are let in between, and the WAL is kept short."""
+        if ids is None:
+            with self.db.read() as connection:
+                ids = [row[0] for row in connection.execute("SELECT id FROM dead ORDER BY id")]
+        return sum(change(ids[start : start + _DEAD_AT_ONCE]) for start in range(0, len(ids), _DEAD_AT_ONCE))
+
+    @_with_reserve
+    def _requeue(self, ids: Sequence[int]) -> int:
+        with self.db.write() as connection:
+            moved = size = 0
+            for each in ids:
+                (length,) = connection.execute(
+                    "SELECT ifnull(sum(length(body)), 0) FROM dead WHERE id = ?", (each,)
+                ).fetchone()
+                size += length
+                found = connection.execute(
+                    "INSERT INTO event (id, appended_at, body) "
+                    "SELECT (SELECT max(last_id, ifnull((SELECT max(id) FROM event), 0)) FROM state) + 1, "
+                    "appended_at, body FROM dead "
+                    "WHERE id = ? AND typeof(appended_at) = 'integer' AND typeof(body) = 'blob'",
+                    (each,),
+                ).rowcount
+                if connection.execute("DELETE FROM dead WHERE id = ?", (each,)).rowcount != found:
+                    raise malformed()
+                moved += found
+            _count(connection, "requeued = requeued + ?", (moved,))
+        self.db.wal.wrote(size)
+        return moved
+
+    @_with_reserve
+    def _erase_dead(self, ids: Sequence[int]) -> int:
+        with self.db.write() as connection:
+            erased = sum(connection.execute("DELETE FROM dead WHERE id = ?", (each,)).rowcount for each in ids)
+            _count(connection, "dead_erased = dead_erased + ?", (erased,))
         return erased
 
     @_after_damage

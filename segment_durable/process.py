@@ -152,11 +152,15 @@ def _at_exit() -> None:
     """Deliver what can be delivered in time; the rest stays on disk for the next start."""
     if _pid != os.getpid():
         return
-    for engine in list(_engines.values()):
-        config = engine.config
-        end = engine.clock.boot() + config.shutdown_timeout
+    engines = list(_engines.values())
+    ends = [engine.clock.boot() + engine.config.shutdown_timeout for engine in engines]  # all at the same time
+    for engine in engines:
+        if engine.config.deliver and engine.config.send:
+            engine.sender.hurry()
+    for engine, end in zip(engines, ends):
+        remaining = max(0.0, end - engine.clock.boot())
         try:
-            if config.deliver and config.send and not engine.sender.flush(config.shutdown_timeout):
+            if engine.config.deliver and engine.config.send and not engine.sender.flush(remaining):
                 pending = engine.outbox.pending()
                 if pending:
                     log.warning("events that stay on disk, for the next process that delivers: %d", pending)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 
@@ -112,6 +113,13 @@ class Sender:
         finally:
             for worker in workers:
                 worker.hurried(target)
+
+    def hurry(self) -> None:
+        """From now on wait for no batch to fill; for when `flush` and `close` follow."""
+        with contextlib.suppress(OutboxError):
+            target = self._outbox.last_id(_GLANCE)
+            for worker in self._workers:
+                worker.hurry_to(target)
 
     def drain(self, target: int, end: float | None) -> bool:
         """Deliver in the calling thread until the event `target` has left, an attempt fails, or `end` (boot clock).

@@ -21,6 +21,7 @@ from urllib3.exceptions import (
     ConnectTimeoutError,
     MaxRetryError,
     NewConnectionError,
+    ProtocolError,
     ProxyError,
     ReadTimeoutError,
     SSLError,
@@ -83,18 +84,17 @@ class RequestsTransport:
         timeout = min(timeout, _LONGEST_TIMEOUT)
         try:
             route = self._routes.get(url) or self._find_route(url)
-            response = route.pool.urlopen(
-                "POST",
-                route.target,
-                body=body,
-                headers={**route.headers, **headers, "Content-Length": str(len(body))},
-                redirect=False,
-                assert_same_host=False,
-                preload_content=False,
-                decode_content=False,
-                retries=_NO_RETRIES,
-                timeout=timeout,
-            )
+            head = {**route.headers, **headers, "Content-Length": str(len(body))}
+            end = time.monotonic() + timeout
+            connections = route.pool.num_connections
+            try:
+                response = route.open(head, body, timeout)
+            except ProtocolError:
+                # A host may close an idle connection just when the next request is on its way: that is no failure.
+                timeout = end - time.monotonic()
+                if route.pool.num_connections != connections or timeout <= 0:
+                    raise
+                response = route.open(head, body, timeout)
             try:
                 answer = _read(response)
             finally:
@@ -204,6 +204,21 @@ class _Route(NamedTuple):
     pool: Any  # of connections to the host, or to the proxy
     target: str  # what the request line says
     headers: dict[str, str]
+
+    def open(self, headers: Mapping[str, str], body: bytes, timeout: float) -> Any:
+        """The answer, of which the head has been read."""
+        return self.pool.urlopen(
+            "POST",
+            self.target,
+            body=body,
+            headers=headers,
+            redirect=False,
+            assert_same_host=False,
+            preload_content=False,
+            decode_content=False,
+            retries=_NO_RETRIES,
+            timeout=timeout,
+        )
 
 
 def _close_pools(manager: Any) -> None:

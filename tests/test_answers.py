@@ -65,6 +65,16 @@ def test_the_table_names_each_rule_of_the_design() -> None:
         assert answer(status).kind is kind
 
 
+@pytest.mark.parametrize("content_type", ["text/html", "Text/HTML; charset=utf-8", "application/xhtml+xml"])
+def test_a_refusal_that_is_a_web_page_is_not_the_receivers(content_type: str) -> None:
+    """It would refuse each event of a backlog by itself, and all would end in the dead letters."""
+    for status in (400, 422):
+        assert answer(status, {"Content-Type": content_type}).kind is Kind.MISDIRECTED
+        assert answer(status, {"Content-Type": "text/plain"}).kind is Kind.REJECTED
+    for status in (413, 414):  # the request was too long, for a proxy or for the receiver
+        assert answer(status, {"Content-Type": content_type}).kind is Kind.REJECTED
+
+
 @pytest.mark.parametrize("status", [-1, 0, 99, 600, 999, 10**9])
 def test_a_status_that_does_not_exist_delivers_nothing(status: int) -> None:
     assert answer(status).kind is Kind.MISDIRECTED

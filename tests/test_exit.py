@@ -53,6 +53,29 @@ def test_the_exit_is_bounded_and_what_is_left_goes_out_at_the_next_start(receive
     assert [event["event"] for event in receiver.unique] == ["kept"]
 
 
+def test_the_exit_with_many_outboxes_is_bounded_by_one_timeout_and_each_is_delivered_at_once(
+    receiver: Receiver, tmp_path: Path
+) -> None:
+    receiver.always(Hang())
+    code = """
+import atexit, time
+started = []
+atexit.register(lambda: print(time.monotonic() - started[0]))  # before ours, and so it runs after it
+clients = [
+    analytics.Client(f"key-{i}", sys.argv[1], outbox_dir=f"{sys.argv[2]}-{i}", shutdown_timeout=3, upload_interval=600)
+    for i in range(4)
+]
+for client in clients:
+    client.track("u", "kept")
+started.append(time.monotonic())
+"""
+    said, _ = run(code, receiver, tmp_path)
+    first, *rest = said.splitlines()
+    assert float(first) < 10  # and not 12
+    assert rest == ["events that stay on disk, for the next process that delivers: 1"] * 4
+    assert len(receiver.requests) == 4  # by four threads: none had to wait for another's end
+
+
 def test_shutdown_timeout_0_does_not_wait_at_all(receiver: Receiver, tmp_path: Path) -> None:
     receiver.always(Answer(503))
     _, seconds = run("analytics.shutdown_timeout = 0; analytics.track('u', 'kept')", receiver, tmp_path)

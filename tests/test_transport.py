@@ -197,6 +197,39 @@ def test_a_connection_that_the_host_has_closed_between_two_posts_is_no_error(tra
             assert server.connections == number
 
 
+@pytest.mark.parametrize("way", ["closed", "reset"])
+def test_a_connection_that_the_host_closes_while_the_next_post_is_on_its_way_is_no_error(
+    transport: RequestsTransport, way: str
+) -> None:
+    """Its idle time was over just then: the post is repeated, once, on a new connection."""
+
+    def answer(_: bytes, connection: socket.socket) -> bool:
+        if len(server.requests) % 2:
+            connection.sendall(OK)
+            return True
+        if way == "reset":
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        return False
+
+    with Server(answer) as server:
+        for _ in range(4):
+            assert post(transport, server.url).status == 200
+        # The second post finds the first connection closing, and is the first on another one; and so on.
+        assert (len(server.requests), server.connections) == (7, 4)
+        transport.close()
+
+
+def test_a_host_that_closes_each_connection_is_asked_no_more_than_twice(transport: RequestsTransport) -> None:
+    with Server(sends(OK)) as server:
+        assert post(transport, server.url).status == 200
+        server._answer = lambda *_: False
+        assert failure(transport, server.url).kind == "connection"
+        assert len(server.requests) == 3
+        assert failure(transport, server.url).kind == "connection"
+        assert len(server.requests) == 4  # it was a new connection
+        transport.close()
+
+
 def test_a_cookie_of_an_answer_is_not_sent_back(transport: RequestsTransport) -> None:
     with Server(sends(OK.replace(b"OK\r\n", b"OK\r\nSet-Cookie: a=b\r\n"))) as server:
         for _ in range(2):

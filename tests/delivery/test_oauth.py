@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import datetime, timezone
+from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
@@ -437,6 +440,20 @@ def test_a_server_whose_clock_is_put_right_again_is_understood(world: World) -> 
         world.app.revoke_all()
         world.put()
         assert sender.step().kind == "delivered"
+
+
+@pytest.mark.skipif(not hasattr(time, "tzset"), reason="no time zone can be set here")
+def test_a_date_of_an_unknown_zone_is_utc(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "EST5")
+    time.tzset()
+    try:
+        date = format_datetime(datetime.fromtimestamp(world.clock.time(), timezone.utc).replace(tzinfo=None))
+        assert date.endswith("-0000")
+        world.tokens.token(ScriptedTransport([Response(200, {"Date": date}, b'{"access_token":"a"}')]), 5)
+        assert world.tokens._skew == 0
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 def test_a_difference_of_a_second_is_no_difference(world: World) -> None:

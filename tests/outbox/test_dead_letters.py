@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
+from segment_durable import outbox as outbox_module
 from segment_durable.outbox import Outbox
 from segment_durable.records import DeadLetter, Lease, Row
 from segment_durable.testing.clock import FakeClock
@@ -85,6 +87,29 @@ def test_requeue_takes_the_named_ones_only_and_each_once(outbox: Outbox) -> None
     assert [row.body for row in outbox.rows(0, 99)] == [b"3", b"1"]
     assert outbox.requeue([]) == 0
     assert outbox.requeue([99]) == 0
+
+
+@pytest.mark.parametrize("method", ["requeue", "erase_dead"])
+def test_many_letters_are_moved_in_portions_between_which_others_may_write(
+    outbox: Outbox, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lease = leased(outbox, 7)
+    for each in range(1, 8):
+        bury(outbox, lease, each)
+    monkeypatch.setattr(outbox_module, "_DEAD_AT_ONCE", 3)
+    write, transactions = outbox.db.write, 0
+
+    def counted() -> Any:
+        nonlocal transactions
+        transactions += 1
+        return write()
+
+    monkeypatch.setattr(outbox.db, "write", counted)
+    assert getattr(outbox, method)() == 7
+    assert transactions == 3
+    assert outbox.dead_letters() == []
+    assert len(outbox.rows(0, 99)) == (7 if method == "requeue" else 0)
+    assert outbox.stats().balanced
 
 
 def test_requeueing_does_not_count_an_event_as_accepted_again(outbox: Outbox) -> None:

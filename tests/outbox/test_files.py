@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from segment_durable import connections, database_file
+from segment_durable.database_file import sync_file
 from segment_durable.errors import NotAnOutbox, OutboxError, OutboxUnavailable, SourceMismatch
 from segment_durable.outbox import Outbox
 from segment_durable.quarantine import kept_sets
@@ -86,6 +87,19 @@ def test_the_database_is_set_up_as_the_design_says(outbox: Outbox) -> None:
     assert pragma(outbox, "application_id") == 0x53445142
     assert pragma(outbox, "user_version") == 1
     assert pragma(outbox, "synchronous") == 1
+    assert pragma(outbox, "fullfsync") == 1
+
+
+def test_a_file_is_synced_where_the_filesystem_does_not_know_the_full_sync_of_macos(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    synced: list[int] = []
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 1 << 20, raising=False)  # which no system has
+    monkeypatch.setattr(os, "fdatasync", synced.append, raising=False)
+    with (tmp_path / "file").open("wb") as file:
+        sync_file(file.fileno())
+        assert synced == [file.fileno()]
 
 
 def test_full_syncs_at_each_commit(outbox_factory: Callable[..., Outbox]) -> None:
