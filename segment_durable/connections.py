@@ -62,8 +62,9 @@ class Connections:
         self._admission = admission
         self._damage = damage
         self._closed = False
+        self._retired = False
         self._connection: sqlite3.Connection | None = None
-        self._files: Files | None = None  # that it is to
+        self.files: Files | None = None  # that it is to
         self.generation = -1  # of the lock file, to which the connection for writing belongs
         self._reading: sqlite3.Connection | None = None
         self._reading_generation = -1
@@ -130,6 +131,11 @@ class Connections:
         pages = self._reserve.file_limit // PAGE_SIZE
         if pages < 1 << 31:
             connection.execute(f"PRAGMA max_page_count={max(pages - spare, 1)}")
+
+    def retire(self) -> None:
+        """Under the writer lock: nothing is written after the transaction that is open; `close()` may come later."""
+        self._retired = True
+        self.generation = -1  # so that the next who writes looks
 
     # -- another database
 
@@ -213,7 +219,7 @@ class Connections:
     def inherited(self) -> Files | None:
         """In a child forked without `suspend()`: the files to which a connection of the parent was open."""
         is_open = self._connection or self._reading or self._spare or self._held
-        return self._files if is_open else None
+        return self.files if is_open else None
 
     def close(self, timeout: float = WRITE_TIMEOUT) -> None:
         """Close the connections and the lock file, waiting for others `timeout` seconds at most.
@@ -281,7 +287,7 @@ class Connections:
 
     def _open(self) -> sqlite3.Connection:
         """Connect, under the mutex; create or check the schema, which takes the writer lock."""
-        if self._closed:
+        if self._closed or self._retired:
             raise StorageError("the outbox has been closed", "SQLITE_MISUSE")
         self.lock.acquire(WRITE_TIMEOUT)
         old, self._connection = self._connection, None
@@ -300,7 +306,7 @@ class Connections:
             self._close_spare()
             self._spare = connect_for_reading(self.path)
             self.generation = self.lock.generation()
-            self._connection, self._files = connection, identify(self.path)
+            self._connection, self.files = connection, identify(self.path)
             self._damage.look_for_sets(connection, aside)
             if not self._reserve.make():
                 self._admission.refuse(disk_full())

@@ -60,6 +60,15 @@ class Database:
             self.connections.close()
             raise
 
+    def is_in_place(self) -> bool:
+        """Whether the outbox's files are those that are open here, as far as the lock file tells."""
+        return self.lock.is_at(self.folder / LOCK_NAME)
+
+    def is_same_as(self, other: Database) -> bool:
+        """Whether both are open on the same file."""
+        mine, others = self.connections.files, other.connections.files
+        return mine is not None and others is not None and mine[0] == others[0]
+
     def write(self) -> Transaction:
         """One transaction of the only writer; rolled back if the block raises.  It may not be nested."""
         return Transaction(self)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from segment_durable.clock import Clock
 from segment_durable.config import Config
 from segment_durable.delivery import Delivery, Reporter
-from segment_durable.errors import ConfigError, OutboxDamaged, OutboxError, OutboxFull
+from segment_durable.errors import ConfigError, OutboxDamaged, OutboxError, OutboxFull, OutboxUnavailable
 from segment_durable.limiter import Limiter
 from segment_durable.outbox import Outbox, other_source
 from segment_durable.sender import Sender
@@ -54,16 +54,26 @@ class Member:
 class Engine:
     """One outbox in this process.  Made by `process.attach`."""
 
-    def __init__(self, config: Config, clock: Clock, *, make_transport: Callable[[], Transport] | None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        clock: Clock,
+        *,
+        key: str,
+        make_transport: Callable[[], Transport] | None,
+        on_gone: Callable[[Engine], None],
+    ) -> None:
+        self.key = key  # which outbox it is, among those of this process
         self.pid = os.getpid()
         self.closed = False
         self.config = config
         self.clock = clock
-        self._make_transport = make_transport
+        self.make_transport = make_transport
         self._tokens: Tokens | None = _tokens(config, clock)
-        self._members: weakref.WeakSet[Member] = weakref.WeakSet()
+        self.members: weakref.WeakSet[Member] = weakref.WeakSet()
         self.outbox = Outbox(config.outbox_path, clock, full=config.synchronous == "FULL", write_key=config.write_key)
         self.upkeep = Upkeep(self.outbox.db, clock)
+        self.upkeep.on_gone = lambda: on_gone(self)
         self.reporter = _Callbacks(self)
         self.sender = Sender(self.outbox, config, clock, self._make_delivery)
         self._limit = 0
@@ -85,12 +95,12 @@ class Engine:
         differing = [n for n in _FIRST_DECIDES if getattr(member.config, n) != getattr(self.config, n)]
         if differing:
             log.warning("%s: the values of the first client on this outbox hold, not these", ", ".join(differing))
-        self._members.add(member)
+        self.members.add(member)
 
     def leave(self, member: Member) -> bool:
         """A client was shut down; whether it was the last."""
-        self._members.discard(member)
-        return not self._members
+        self.members.discard(member)
+        return not self.members
 
     def put(self, body: bytes, appended_at: int, message: dict[str, Any], config: Config) -> bool | None:
         """Append; whether it was accepted, or None if this engine has been closed: then another is to be attached.
@@ -137,17 +147,40 @@ class Engine:
 
         return self.sender.close(timeout, close_files)
 
+    def hand_over(self, successor: Engine) -> None:
+        """The files of this one were deleted while they were in use: what waits in them goes into the successor's.
+
+        Raises `OutboxError` if that fails: then this one is as it was, but for being closed to new events.
+        """
+        self.closed = True
+        moved = 0
+        if not self.outbox.db.is_same_as(successor.outbox.db):
+            moved = self.outbox.move_to(successor.outbox)
+        told = OutboxUnavailable(
+            self.outbox.db.folder,
+            f"was deleted or renamed while it was in use: there is a new one, with the {moved} events that waited",
+        )
+        log.error("%s", told)
+        successor.reporter.call_on_error(told, [])
+        if self.sender.is_running:
+            successor.sender.start()
+        self.close(0.0)
+
+    def complain(self, problem: OutboxError) -> None:
+        """Tell, once in a while, of what keeps the outbox from being used."""
+        self._refused(problem, None)
+
     def callbacks(self, name: str) -> list[Callable[..., object]]:
         """The callbacks that the clients gave for `name`, each once."""
         found: list[Callable[..., object]] = []
-        for config in (self.config, *(member.config for member in list(self._members))):
+        for config in (self.config, *(member.config for member in list(self.members))):
             callback = getattr(config, name)
             if callback is not None and not any(callback == each for each in found):
                 found.append(callback)
         return found
 
     def _make_delivery(self) -> Delivery:
-        transport = RequestsTransport(self.config.proxies) if self._make_transport is None else self._make_transport()
+        transport = RequestsTransport(self.config.proxies) if self.make_transport is None else self.make_transport()
         uploader = Uploader(self.config, transport, self._tokens, self.clock)
         # Not the module's generator: forked children share its state, and would all retry at the same moments.
         return Delivery(self.outbox, uploader, self.config, self.clock, random.SystemRandom().random, self.reporter)

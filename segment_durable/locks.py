@@ -155,6 +155,16 @@ class LockFile:
             finally:
                 self.mutex.release()
 
+    def is_at(self, path: Path) -> bool:
+        """Whether this is the file at `path` still: one that was deleted or replaced nobody else can open."""
+        try:
+            found, own = os.stat(path), os.fstat(self._fd)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True  # nothing is known
+        return (found.st_dev, found.st_ino) == (own.st_dev, own.st_ino)
+
     def acquire(self, timeout: float) -> None:
         """Take the writer lock: no other thread or process writes until `release()`.
 

@@ -48,6 +48,7 @@ __all__ = ["Outbox", "other_source"]
 
 _NO_LIMIT = 1 << 62
 _ERASED_AT_ONCE = 5_000  # events in one transaction
+_MOVED_AT_ONCE = 500  # events
 _DEAD_AT_ONCE = 100  # dead letters, of up to 32 KiB each, in one transaction
 _BUSY_LOOK = 0.5  # seconds after which a sender looks again at leases of others
 
@@ -386,6 +387,24 @@ class Outbox:
             erased += self._erase([(after + 1, last)])
             after = last
         return erased
+
+    def move_to(self, other: Outbox) -> int:
+        """Append all events to another outbox and take no more; how many were moved.
+
+        For when the files of this one can't be opened again.  What is on its way may arrive twice.
+        """
+        moved = 0
+        while True:
+            with self.db.write() as connection:
+                query = "SELECT id, appended_at, body FROM event ORDER BY id LIMIT ?"
+                found = list(all_sound(connection.execute(query, (_MOVED_AT_ONCE,)), (int, int, bytes)))
+                if not found:
+                    self.db.connections.retire()
+                    return moved
+                for _, appended_at, body in found:
+                    other.put(body, appended_at)
+                connection.execute("DELETE FROM event WHERE id <= ?", (found[-1][0],))
+            moved += len(found)
 
     # -- dead letters
 

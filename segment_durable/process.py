@@ -54,7 +54,9 @@ def attach(
     with _lock:
         engine = _engines.get(key)
         if engine is None:
-            engine = Engine(member.config, clock or SystemClock(), make_transport=make_transport)
+            engine = Engine(
+                member.config, clock or SystemClock(), key=key, make_transport=make_transport, on_gone=_replace
+            )
             _engines[key] = engine
         engine.join(member)
     engine.outbox.db.damage.tell()  # not before: a callback may make a client, and that takes the lock
@@ -69,10 +71,27 @@ def detach(engine: Engine, member: Member, timeout: float) -> bool:
     with _lock:
         if not engine.leave(member):
             return True
-        for key, each in list(_engines.items()):
-            if each is engine:
-                del _engines[key]
+        if _engines.get(engine.key) is engine:
+            del _engines[engine.key]
     return engine.close(timeout)
+
+
+def _replace(engine: Engine) -> None:
+    """The files of that engine were deleted: its clients, and what waits in it, go on with new ones."""
+    try:
+        with _lock:
+            key = engine.key
+            successor = _engines.get(key)
+            if successor is None or successor is engine:
+                successor = Engine(
+                    engine.config, engine.clock, key=key, make_transport=engine.make_transport, on_gone=_replace
+                )
+                for member in list(engine.members):
+                    successor.join(member)
+                _engines[key] = successor
+        engine.hand_over(successor)
+    except OutboxError as problem:  # the next attempt is a little later
+        engine.complain(problem)
 
 
 def _before_fork() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 
 from segment_durable.clock import Clock
 from segment_durable.database_file import PAGE_SIZE
@@ -43,6 +44,7 @@ class Upkeep:
         self._trouble = Limiter(60.0, clock)
         self._least_used, self._least_at = 1 << 62, 0.0  # pages that were in use at the least, lately, and since when
         self._is_uncut = False  # a reader was in the way when the files were to be cut
+        self.on_gone: Callable[[], None] = _nothing  # the files were deleted, and nobody else can open them any more
         self._wal.watch(self.written)
 
     def written(self) -> None:
@@ -76,6 +78,7 @@ class Upkeep:
             if self._thread is None:
                 self._sync()
                 self._written.clear()
+                self._look_for_files()
 
     def _run(self) -> None:
         self._thread = threading.current_thread()  # whatever a signal handler raised in who started it
@@ -88,6 +91,10 @@ class Upkeep:
                 self._written.set()  # nobody else says so again: what was committed is still not synced
                 self._clock.wait(self._ending, SYNC_SECONDS)
                 continue
+            if not self._look_for_files():
+                self._written.set()  # nobody writes any more who could say so
+                self._clock.wait(self._ending, SYNC_SECONDS)
+                continue
             if self._ending.is_set():
                 return
             if self._database.admission.trouble is not None and not self._database.space.recover():
@@ -95,6 +102,13 @@ class Upkeep:
                 self._clock.wait(self._ending, LOOK_SECONDS)
                 continue
             self._tidy()
+
+    def _look_for_files(self) -> bool:
+        """Whether they are in their place; if not, somebody is told who may put others there."""
+        if self._ending.is_set() or self._database.is_in_place():
+            return True
+        self.on_gone()
+        return False
 
     def _sync(self, *, checkpoint: bool = True) -> bool:
         try:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import json
 import logging
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -593,3 +596,87 @@ def test_a_callback_that_flushes_or_shuts_down_does_not_wait_for_itself(
         thread.join(10)
     assert results[:1] == [False]
     assert client.stats().balanced
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """There is no signal for what a thread of the package has seen."""
+    patience = threading.Event()
+    for _ in range(1_500):
+        if condition():
+            return
+        patience.wait(0.02)
+    raise AssertionError("waited for 30 s")
+
+
+@pytest.mark.parametrize("what", ["folder", "lock file", "all files"])
+def test_an_outbox_that_is_deleted_while_it_is_used_is_made_anew_with_what_was_waiting(
+    make_client: MakeClient, tmp_path: Path, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    told: list[Exception] = []
+    folder = tmp_path / "outbox"
+    client = make_client(deliver=False, on_error=lambda problem, _: told.append(problem))
+    for number in range(1_200):
+        assert client.track("u", str(number))[0]
+    if what == "folder":
+        shutil.rmtree(folder)
+    else:
+        for name in ["outbox.lock"] if what == "lock file" else os.listdir(folder):
+            (folder / name).unlink()
+    sent = ["afterwards"]
+    assert client.track("u", "afterwards")[0]  # into the file that nobody can open
+    wait_until(lambda: bool(told))
+    sent.append("later")
+    assert client.track("u", "later")[0]
+    client.shutdown(0)
+    assert [type(each) for each in told] == [OutboxUnavailable]
+    assert "was deleted or renamed while it was in use" in str(told[0])
+    assert caplog.text.count("was deleted or renamed while it was in use") == 1
+    with contextlib.closing(Outbox(folder, SystemClock())) as outbox:
+        waiting = [json.loads(row.body)["event"] for row in outbox.rows(0, 1 << 60)]
+        assert outbox.stats().balanced
+    assert sorted(waiting) == sorted([*map(str, range(1_200)), *sent])
+
+
+def test_clients_of_a_deleted_outbox_go_on_delivering_without_a_call(
+    make_client: MakeClient, receiver: Receiver, tmp_path: Path
+) -> None:
+    told: list[Exception] = []
+    client = make_client(upload_interval=600, on_error=lambda problem, _: told.append(problem))
+    assert client.track("u", "before")[0]
+    shutil.rmtree(tmp_path / "outbox")
+    assert client.track("u", "afterwards")[0]
+    wait_until(lambda: bool(told))
+    assert client.flush(10)
+    assert receiver.wait_for(lambda receiver: {"before", "afterwards"} <= set(names(receiver)))
+    assert client.stats().pending == 0
+
+
+def test_puts_while_an_outbox_that_was_moved_away_is_replaced_are_not_lost(
+    make_client: MakeClient, tmp_path: Path
+) -> None:
+    told: list[str] = []
+    client = make_client(
+        deliver=False, max_queue_size=0, on_error=lambda problem, _: told.append(str(problem).partition(": ")[2])
+    )
+    accepted: list[list[str]] = [[] for _ in range(4)]
+    end = threading.Event()
+
+    def work(mine: list[str]) -> None:
+        while not end.is_set():
+            name = f"{id(mine)}-{len(mine)}"
+            if client.track("u", name)[0]:
+                mine.append(name)
+
+    threads = [threading.Thread(target=work, args=(mine,)) for mine in accepted]
+    for thread in threads:
+        thread.start()
+    for number in range(1, 4):
+        (tmp_path / "outbox").rename(tmp_path / f"elsewhere-{number}")
+        wait_until(lambda number=number: sum("was deleted" in each for each in told) == number)  # type: ignore[misc]
+    end.set()
+    for thread in threads:
+        thread.join(30)
+    client.shutdown(0)
+    with contextlib.closing(Outbox(tmp_path / "outbox", SystemClock())) as outbox:
+        waiting = {json.loads(row.body)["event"] for row in outbox.rows(0, 1 << 60)}
+    assert [name for mine in accepted for name in mine if name not in waiting] == []

@@ -43,7 +43,7 @@ def test_nobody_writes_while_another_process_has_the_writer_lock(
     for write in (
         lambda: outbox.put(b"y", 1),
         lambda: outbox.lease(1, 60),
-        lambda: outbox.requeue(),
+        lambda: outbox.requeue([1]),
         lambda: outbox.db.wal.checkpoint(),
         lambda: outbox.db.wal.checkpoint(truncate=True),
         outbox.db.space.give_back,
