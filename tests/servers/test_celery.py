@@ -29,7 +29,7 @@ import tasks
 left, waiting, lost = int(sys.argv[1]), collections.deque(), []
 while left or waiting:
     while left and len(waiting) < 40:
-        waiting.append(tasks.track.delay())
+        waiting.append(getattr(tasks, sys.argv[2]).delay())
         left -= 1
     result = waiting.popleft()
     try:
@@ -81,8 +81,8 @@ class Calls:
             assert time.monotonic() < end, f"only {len(self.pids)} of {number} children were seen"
             self.run(10)
 
-    def run(self, count: int, *, halfway: Callable[[int], None] | None = None) -> None:
-        command = [sys.executable, "-c", CALLER, str(count)]
+    def run(self, count: int, *, halfway: Callable[[int], None] | None = None, task: str = "track") -> None:
+        command = [sys.executable, "-c", CALLER, str(count), task]
         pipe = subprocess.PIPE
         with subprocess.Popen(command, env=self._env, stdin=pipe, stdout=pipe, text=True, bufsize=1) as process:
             assert process.stdin is not None
@@ -142,6 +142,18 @@ def test_a_child_killed_under_load(launch: Launch, redis: str, calls: Calls, boo
     server.process.wait(30)
     assert eventually(lambda: "exited with signal 9" in server.said() or "SIGKILL" in server.said())
     books.check(calls.acknowledged, killed=True)
+
+
+def test_tasks_that_a_soft_time_limit_ends_in_the_middle_of_a_call(
+    launch: Launch, redis: str, calls: Calls, books: Books
+) -> None:
+    server = start(launch, redis, EVENTS_AT_END="shutdown")
+    calls.run(4, task="track_until_the_limit")
+    in_time = {each for answer in calls.answers for each in answer["ids"]}
+    calls.run(20)
+    books.wait_until_all_arrived(in_time | calls.acknowledged)
+    server.end()
+    books.check(in_time | calls.acknowledged)  # what a call that the limit ended had committed may have arrived as well
 
 
 @pytest.mark.parametrize("at_end", ["nothing", "shutdown"])
