@@ -8,10 +8,13 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import CodeType, FrameType
-from typing import Any
+from typing import Any, ParamSpec
 
 from segment_durable.outbox import Outbox
+
+P = ParamSpec("P")
 
 
 def bodies(outbox: Outbox) -> list[bytes]:
@@ -85,6 +88,21 @@ class Interruption:
         last = self._last.get(frame, "")
         self._last[frame] = _instructions(frame.f_code)[frame.f_lasti]
         return last.startswith("CALL") or last in ("RESUME", "JUMP_BACKWARD", "JUMP_ABSOLUTE")
+
+
+def in_its_own_thread(test: Callable[P, None]) -> Callable[P, None]:
+    """Run the test there, for what a trace function raises.
+
+    Python 3.12 and 3.13 may go on to take such an exception for the one that the thread is handling, and make it the
+    context of all others.
+    """
+
+    @functools.wraps(test)
+    def wrapped(*args: P.args, **named: P.kwargs) -> None:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(test, *args, **named).result()
+
+    return wrapped
 
 
 @functools.cache

@@ -12,7 +12,7 @@ import pytest
 from segment_durable.outbox import Outbox
 from segment_durable.records import Backoff, Lease
 
-from .common import Interruption, bodies
+from .common import Interruption, bodies, in_its_own_thread
 
 
 class TimeLimit(Exception):
@@ -88,6 +88,7 @@ def check_that_nothing_is_taken(outbox: Outbox, where: str) -> None:
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("full", [False, True], ids=["normal", "full"])
 @pytest.mark.parametrize("name", CALLS)
+@in_its_own_thread
 def test_an_exception_from_a_signal_handler_at_any_place_leaves_nothing_taken(
     outbox_factory: Callable[..., Outbox], name: str, full: bool
 ) -> None:
@@ -112,6 +113,7 @@ def test_an_exception_from_a_signal_handler_at_any_place_leaves_nothing_taken(
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("full", [False, True], ids=["normal", "full"])
+@in_its_own_thread
 def test_an_exception_from_a_signal_handler_in_a_put_that_waits_leaves_nothing_taken(
     outbox_factory: Callable[..., Outbox], full: bool
 ) -> None:
