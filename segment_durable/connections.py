@@ -6,6 +6,7 @@ lock and threads can commit together.  The other reads, under a mutex of its own
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sqlite3
 import threading
@@ -63,6 +64,8 @@ class Connections:
         self._damage = damage
         self._closed = False
         self._retired = False
+        self.is_suspended = False  # closed around a fork, in the thread that forks
+        self._is_fork_outermost = True
         self._connection: sqlite3.Connection | None = None
         self.files: Files | None = None  # that it is to
         self.generation = -1  # of the lock file, to which the connection for writing belongs
@@ -186,23 +189,38 @@ class Connections:
         deletes the WAL under the child's feet (seen: the child's next commit was lost).  Returns False, with nothing
         done, if another thread did not leave the connection within `timeout` seconds.
         """
+        if self.is_suspended:
+            return True
         end = time.monotonic() + timeout
-        if not self._reading_mutex.acquire(timeout=timeout):
-            return False
-        if not self.lock.mutex.acquire(timeout=max(0.0, end - time.monotonic())):
-            self._reading_mutex.release()
-            return False
+        self._is_fork_outermost = self.is_outermost()
         try:
+            if not self._reading_mutex.acquire(timeout=timeout):
+                return False
+            if not self.lock.mutex.acquire(timeout=max(0.0, end - time.monotonic())):
+                self._reading_mutex.release()
+                return False
+            self.is_suspended = True
             self._disconnect(WRITE_TIMEOUT)
         except BaseException:
+            self.is_suspended = True  # or nearly so
             self.resume()
             raise
         return True
 
     def resume(self) -> None:
-        """End `suspend()`, in the process that called it; the next call opens the connection again."""
-        self.lock.mutex.release()
-        self._reading_mutex.release()
+        """End `suspend()`, in the process that called it; the next call opens the connection again.
+
+        May be called again, should a signal handler have raised in here.
+        """
+        if not self.is_suspended:
+            return
+        if self._is_fork_outermost:
+            self.unwind()
+        else:  # the fork was made by a signal handler within a call
+            for mutex in (self.lock.mutex, self._reading_mutex):
+                with contextlib.suppress(RuntimeError):
+                    mutex.release()
+        self.is_suspended = False
 
     def was_in_use(self) -> bool:
         """In a child forked without `suspend()`: whether a thread of the parent was at work in here at that moment.

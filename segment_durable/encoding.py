@@ -63,7 +63,7 @@ def encode(value: Any, limit: int, parts: tuple[Any, ...] | None = None) -> byte
     try:
         if (parts is not None and _are_flat(parts)) or _is_small(value if type(value) is dict else (value,), most):
             return _dumps(value, _fast, _OPTIONS)
-    except Exception as problem:
+    except (TypeError, RuntimeError) as problem:  # orjson's, and a dict that another thread changes; not a time limit's
         cause = problem.__cause__
         if cause is not None and not isinstance(cause, Exception):
             raise cause from None  # orjson wraps a KeyboardInterrupt in our `_fast` like any other
@@ -110,12 +110,20 @@ def _is_small(value: Any, most: int) -> bool:
                     continue
                 if kind in _NESTING:
                     deeper.append(each)
-                elif isinstance(each, Enum) and type(each.value) not in _SCALARS:
-                    return False  # orjson takes the value of a member by itself
+                elif issubclass(kind, Enum) and not _is_scalar_member(each):
+                    return False
         if not deeper:
             return True
         level = deeper
     return False
+
+
+def _is_scalar_member(member: Enum) -> bool:
+    """orjson takes the value of a member by itself, and ends the process where that is a property that raises."""
+    try:
+        return type(member.value) in _SCALARS
+    except Exception:
+        return False
 
 
 class _Cleaner:

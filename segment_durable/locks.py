@@ -221,8 +221,13 @@ class LockFile:
                     self._wait_for_writer(timeout)
                 self._has_file = True
         except BaseException as problem:
+            if self._depth == 1 and self._fd >= 0:
+                # A signal handler may have raised when it was locked and nothing said so.
+                with contextlib.suppress(OSError):
+                    self._unlock_file()
+                self._has_file = False
             self.release()
-            if isinstance(problem, OSError):
+            if isinstance(problem, OSError) and problem.errno is not None:  # else a signal handler's TimeoutError
                 reason = problem.strerror or type(problem).__name__
                 raise StorageError(f"the lock file can't be locked: {reason}", "SQLITE_IOERR") from problem
             raise

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from segment_durable.clock import Clock, SystemClock
-from segment_durable.connections import Connections, abandon_connections, living_connections
+from segment_durable.connections import abandon_connections, living_connections
 from segment_durable.database_file import Files, hold_inherited_locks
 from segment_durable.engine import Engine, Member
 from segment_durable.errors import OutboxBusy, OutboxError, OutboxUnavailable
@@ -28,7 +28,6 @@ log = logging.getLogger("segment.durable")
 _lock = PatientLock()
 _engines: dict[str, Engine] = {}
 _pid = os.getpid()
-_suspended: list[Connections] = []
 _inherited: list[Any] = []  # what a child must neither use nor let be collected
 # The databases to which a connection of the parent, or of its parent, is open in the memory of this process.
 _haunted: dict[Path, Files] = {}
@@ -98,15 +97,19 @@ def _before_fork() -> None:
     _notice_fork()
     _lock.__enter__()
     for each in living_connections():
-        if each.suspend():
-            _suspended.append(each)
+        try:
+            each.suspend()
+        except BaseException:  # a signal handler's: Python ignores it here, and forks all the same
+            each.suspend()
 
 
 def _after_fork_in_parent() -> None:
-    for each in _suspended:
-        each.resume()
-    _suspended.clear()
-    _lock.release()
+    try:
+        for each in living_connections():
+            each.resume()
+    finally:
+        while _lock.is_owned():
+            _lock.release()
 
 
 def _after_fork_in_child() -> None:
@@ -128,7 +131,7 @@ def _start_anew(*, hooked: bool) -> None:
     lock_files, connections = abandon_inherited(), abandon_connections()
     _inherited.append((lock_files, connections, _engines))
     for each in connections:
-        if each in _suspended:
+        if each.is_suspended:
             continue
         # A connection that is open in the parent is so in the memory of this process.
         files = each.inherited()
@@ -142,7 +145,6 @@ def _start_anew(*, hooked: bool) -> None:
                 _inherited.append(hold_inherited_locks(path, files))
         except OSError as problem:
             _unusable = _forked_unlocked(path, problem)
-    _suspended.clear()
     _engines, _lock = {}, PatientLock()
     _pid = os.getpid()  # last: other threads wait for it
 
@@ -192,3 +194,5 @@ def _at_exit() -> None:
 atexit.register(_at_exit)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
+    # Once more, for a signal handler may raise at the very beginning of the first: Python ignores that, and the hook.
+    os.register_at_fork(after_in_parent=_after_fork_in_parent)

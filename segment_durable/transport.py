@@ -19,6 +19,7 @@ from requests.adapters import HTTPAdapter
 from requests.utils import get_environ_proxies
 from urllib3.exceptions import (
     ConnectTimeoutError,
+    HTTPError,
     MaxRetryError,
     NewConnectionError,
     ProtocolError,
@@ -33,6 +34,18 @@ __all__ = ["RequestsTransport", "Response", "Transport", "TransportError"]
 MAX_ANSWER_BYTES = 64 << 10  # what of an answer is read; the rest is of no interest
 _LONGEST_TIMEOUT = 1_000_000.0  # seconds; a socket takes 2**31 milliseconds at the most
 _NO_RETRIES = Retry(0, read=False)  # as requests has it: retries are the outbox's
+# All that the libraries raise, which for an odd proxy URL may be a TypeError: but not what a signal handler raises, for
+# a time limit say, while the answer is waited for.
+_PROBLEMS = (
+    OSError,
+    HTTPError,
+    http.client.HTTPException,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    RuntimeError,
+)
 _ANY_HEADER = 32 + 15  # zlib's wbits for "zlib or gzip, whichever it is"
 
 
@@ -101,9 +114,8 @@ class RequestsTransport:
                 response.close()  # a connection whose answer was read to its end is back in the pool by then
         except TransportError:
             raise
-        except Exception as problem:
-            # Any, for requests lets TypeErrors and others through for an odd proxy URL; and without its cause, whose
-            # text may hold that proxy's password.
+        except _PROBLEMS as problem:
+            # Without its cause, whose text may hold a proxy's password.
             error = _transport_error(problem)
             _let_go(problem)
             raise error from None

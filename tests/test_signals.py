@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import shutil
+import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -102,3 +105,33 @@ def test_a_signal_handler_at_any_place_of_a_call_ends_and_costs_no_event(
         places += 1
     assert places > 20
     gc.collect()  # here, and not in a test after this one, it may be told what was not closed
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # Python ignores what hooks of a fork raise
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@in_its_own_thread
+def test_a_signal_handler_that_raises_at_any_place_of_a_fork_costs_neither_side_its_outbox(tmp_path: Path) -> None:
+    client = Client("test", outbox_dir=tmp_path / "outbox", deliver=False)
+    places = 0
+    while True:
+        client.track("u", "opens it")
+        with contextlib.suppress(TimeLimit), Interruption(places, lambda: strike(client), checked=True) as interruption:
+            child = os.fork()
+            if not child:
+                sys.settrace(None)
+                os._exit(0 if client.track("u", "of the child")[0] else 7)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, f"at place {places}"
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(client.track, "u", "of another thread").result()[0], f"at place {places}"
+        if not interruption.happened:
+            break
+        places += 1
+    assert places > 20
+    stats = client.stats()
+    assert stats.pending == 3 * (places + 1)
+    assert stats.balanced
+    client.shutdown(0)

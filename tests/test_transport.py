@@ -8,6 +8,7 @@ import gc
 import gzip
 import re
 import select
+import signal
 import socket
 import ssl
 import threading
@@ -228,6 +229,28 @@ def test_a_host_that_closes_each_connection_is_asked_no_more_than_twice(transpor
         assert failure(transport, server.url).kind == "connection"
         assert len(server.requests) == 4  # it was a new connection
         transport.close()
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timer sends a signal here")
+def test_a_time_limit_that_strikes_while_the_answer_is_waited_for_is_not_taken_for_a_failure(
+    transport: RequestsTransport,
+) -> None:
+    class TimeLimit(Exception):
+        pass
+
+    def strike(*_: object) -> None:
+        raise TimeLimit
+
+    before = signal.signal(signal.SIGALRM, strike)
+    try:
+        with Server(lambda *_: server.closing.wait(30)) as server:
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+            with pytest.raises(TimeLimit):
+                post(transport, server.url)
+            transport.close()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_a_cookie_of_an_answer_is_not_sent_back(transport: RequestsTransport) -> None:

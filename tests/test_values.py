@@ -758,3 +758,30 @@ def test_a_file_is_not_read() -> None:
     file = io.StringIO("first\nsecond\n")
     on_both_paths(lambda: file)
     assert file.read() == "first\nsecond\n"
+
+
+def test_a_time_limit_that_strikes_while_a_message_is_encoded_is_not_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal handler may raise anything there, as Celery's does and many that raise TimeoutError."""
+
+    class TimeLimit(Exception):
+        pass
+
+    for limit in (TimeLimit, TimeoutError, KeyboardInterrupt):
+
+        def strike(*_: object, limit: type[BaseException] = limit) -> bytes:
+            raise limit
+
+        monkeypatch.setattr(encoding, "_dumps", strike)
+        with pytest.raises(limit):
+            encode({"a": 1}, LIMIT)
+
+
+def test_a_member_of_an_enum_whose_value_raises_is_encoded_all_the_same() -> None:
+    class Odd(enum.Enum):
+        MEMBER = 1
+
+        @property
+        def value(self) -> int:
+            raise LookupError
+
+    assert json.loads(encode({"a": [Odd.MEMBER], "b": 1}, LIMIT))["b"] == 1

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -15,8 +17,45 @@ from segment_durable.records import Backoff, Lease
 from .common import Interruption, bodies, in_its_own_thread
 
 
-class TimeLimit(Exception):
-    pass
+class TimeLimit(TimeoutError):
+    """Of the kind that is an OSError, too, as many handlers raise it."""
+
+
+PROBE = """
+import fcntl, os, sys
+for path in sys.stdin:
+    fd = os.open(path.rstrip("\\n"), os.O_RDWR)
+    try:
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 0)
+        print("free", flush=True)
+    except OSError:
+        print("locked", flush=True)
+    finally:
+        os.close(fd)
+"""
+
+
+class Probe:
+    """Another process, which can tell whether the kernel has the writer lock as taken."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+
+    def sees(self, outbox: Outbox) -> str:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(outbox.db.folder / "outbox.lock", file=self._process.stdin, flush=True)
+        return self._process.stdout.readline().strip()
+
+
+@pytest.fixture(scope="module")
+def probe() -> Iterator[Probe]:
+    pytest.importorskip("fcntl")
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", PROBE], stdin=pipe, stdout=pipe, text=True) as process:
+        yield Probe(process)
+        assert process.stdin is not None
+        process.stdin.close()
 
 
 def strike() -> None:
@@ -61,10 +100,11 @@ CALLS: dict[str, tuple[Callable[[Outbox], Any], Callable[[Outbox, Any], object]]
 }
 
 
-def check_that_nothing_is_taken(outbox: Outbox, where: str) -> None:
+def check_that_nothing_is_taken(outbox: Outbox, probe: Probe, where: str) -> None:
     connections, lock = outbox.db.connections, outbox.db.lock
     assert connections.is_outermost(), where
     assert (lock.depth, lock._has_file, lock._is_next) == (0, False, False), where
+    assert probe.sees(outbox) == "free", where
     for connection in (connections._connection, connections._reading):
         assert connection is None or not connection.in_transaction, where
     answers: list[object] = []
@@ -90,7 +130,7 @@ def check_that_nothing_is_taken(outbox: Outbox, where: str) -> None:
 @pytest.mark.parametrize("name", CALLS)
 @in_its_own_thread
 def test_an_exception_from_a_signal_handler_at_any_place_leaves_nothing_taken(
-    outbox_factory: Callable[..., Outbox], name: str, full: bool
+    outbox_factory: Callable[..., Outbox], probe: Probe, name: str, full: bool
 ) -> None:
     outbox = outbox_factory(full=full)
     prepare, call = CALLS[name]
@@ -105,7 +145,7 @@ def test_an_exception_from_a_signal_handler_at_any_place_leaves_nothing_taken(
             call(outbox, prepared)
         if not interruption.happened:
             break
-        check_that_nothing_is_taken(outbox, f"{name} at place {places}")
+        check_that_nothing_is_taken(outbox, probe, f"{name} at place {places}")
         places += 1
     assert places > 10
     assert outbox.stats().pending == len(bodies(outbox))
@@ -115,7 +155,7 @@ def test_an_exception_from_a_signal_handler_at_any_place_leaves_nothing_taken(
 @pytest.mark.parametrize("full", [False, True], ids=["normal", "full"])
 @in_its_own_thread
 def test_an_exception_from_a_signal_handler_in_a_put_that_waits_leaves_nothing_taken(
-    outbox_factory: Callable[..., Outbox], full: bool
+    outbox_factory: Callable[..., Outbox], probe: Probe, full: bool
 ) -> None:
     """The other way through a put: behind a thread that has the lock, or with one that waits for its commit."""
     outbox = outbox_factory(full=full)
@@ -151,5 +191,5 @@ def test_an_exception_from_a_signal_handler_in_a_put_that_waits_leaves_nothing_t
         assert answers == [True], f"at place {places}"
         if not interruption.happened:
             break
-        check_that_nothing_is_taken(outbox, f"at place {places}")
+        check_that_nothing_is_taken(outbox, probe, f"at place {places}")
     assert places > 10
