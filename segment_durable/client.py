@@ -191,14 +191,21 @@ class Client:
         `timeout`: seconds to wait for that.  `None` waits until it is done or the retry budget of a batch is used up
         (`max_retries`, `max_total_backoff_duration`, `max_rate_limit_duration`).  With `deliver=False` the events are
         another process's to deliver: `None` does not wait for that, a number does.  With `send=False` it is True.
+
+        Where nothing was tracked yet it starts the sender, which delivers what other processes append.
         """
         _check_timeout(timeout)
+        return self._flush_all(timeout, start=True)
+
+    def _flush_all(self, timeout: float | None, *, start: bool) -> bool:
         if not self._config.send:
             return True
         while True:
             engine = None
             try:
                 engine = self._live()
+                if start and self._delivers:
+                    engine.sender.start()
                 return self._flush(engine, timeout)
             except (OutboxError, ConfigError) as problem:
                 if engine is not None and engine.closed:
@@ -224,7 +231,7 @@ class Client:
             return True
         clock = engine.clock
         end = None if timeout is None else clock.boot() + timeout
-        flushed = self.flush(timeout)
+        flushed = self._flush_all(timeout, start=False)
         engine, self._engine = self._engine, None
         if engine is not None:
             patience = 2 * self._config.timeout if end is None else max(0.0, end - clock.boot())

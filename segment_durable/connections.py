@@ -111,7 +111,7 @@ class Connections:
 
     def is_outermost(self) -> bool:
         """Whether this thread is in no other call on this outbox, as a signal handler's is."""
-        return not (self.lock.is_owned() or self._reading_mutex._is_owned())  # type: ignore[attr-defined]
+        return not (self.lock.is_owned() or self.lock.has_gate() or self._reading_mutex._is_owned())  # type: ignore[attr-defined]
 
     def unwind(self) -> None:
         """An exception has ended the outermost call of this thread: nothing that it took stays taken.

@@ -180,13 +180,16 @@ class Delivery:
         lease = self._lease
         if lease is None:
             return
-        backoff = None if self._failure is None else self._failure.backoff
-        self._cuts = [last for _, last in self._work]
-        self._drop()
         try:
+            backoff = None if self._failure is None else self._failure.backoff
+            self._cuts = [last for _, last in self._work]
+            self._drop()
             self._outbox.release(lease, backoff)
         except OutboxError:
             self._outbox.forget(lease.token)
+        except BaseException:  # a signal handler's
+            self._outbox.forget(lease.token)
+            raise
 
     def _next_batch(self) -> Batch | None:
         assert self._lease is not None

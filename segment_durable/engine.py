@@ -147,6 +147,13 @@ class Engine:
 
         return self.sender.close(timeout, close_files)
 
+    @property
+    def delivers(self) -> bool:
+        """Whether any client has it deliver."""
+        return self.sender.is_running or any(
+            config.deliver and config.send for config in (self.config, *(each.config for each in list(self.members)))
+        )
+
     def hand_over(self, successor: Engine) -> None:
         """The files of this one were deleted while they were in use: what waits in them goes into the successor's.
 

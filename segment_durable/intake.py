@@ -122,6 +122,7 @@ class Intake:
         except BaseException:
             if is_outermost:
                 self._db.connections.unwind()
+            self._pass_on()  # wherever it was ended: nobody else would wake those who wait
             raise
 
     def _append(self, parameters: tuple[int, int, bytes]) -> bool:

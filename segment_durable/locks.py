@@ -98,6 +98,7 @@ class LockFile:
         # A thread that only waited would be woken at each release, find the mutex taken again by a busy caller, and
         # both would pay for that more than the work costs that it waits with.
         self._gate = threading.RLock()
+        self.has_gate: Callable[[], bool] = self._gate._is_owned  # type: ignore[attr-defined]
         self._is_next = False  # a thread has the gate
         self._kept_gate = False  # the thread that has the mutex has the gate, too
         self._depth = 0
@@ -246,7 +247,7 @@ class LockFile:
 
     def unwind(self) -> None:
         """Let go of all that this thread has of the lock, however far an exception let it come with taking it."""
-        has_gate = self._gate._is_owned()  # type: ignore[attr-defined]
+        has_gate = self.has_gate()
         if has_gate:
             self._kept_gate = self._is_next = False
         if self.is_owned():

@@ -150,6 +150,10 @@ class Outbox:
         """
         self.db.connections.close(timeout)
 
+    def is_outermost(self) -> bool:
+        """Whether this thread is in no other call on this outbox, as a signal handler's may be."""
+        return self.db.connections.is_outermost()
+
     # -- in
 
     def put(self, body: bytes, appended_at: int, max_pending: int = 0) -> bool:

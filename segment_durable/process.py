@@ -95,7 +95,7 @@ def _replace(engine: Engine) -> None:
 
 def _before_fork() -> None:
     _notice_fork()
-    _lock.__enter__()
+    _lock.wait()
     for each in living_connections():
         try:
             each.suspend()
@@ -176,12 +176,12 @@ def _at_exit() -> None:
     engines = list(_engines.values())
     ends = [engine.clock.boot() + engine.config.shutdown_timeout for engine in engines]  # all at the same time
     for engine in engines:
-        if engine.config.deliver and engine.config.send:
+        if engine.delivers:
             engine.sender.hurry()
     for engine, end in zip(engines, ends):
         remaining = max(0.0, end - engine.clock.boot())
         try:
-            if engine.config.deliver and engine.config.send and not engine.sender.flush(remaining):
+            if engine.delivers and not engine.sender.flush(remaining):
                 pending = engine.outbox.pending()
                 if pending:
                     log.warning("events that stay on disk, for the next process that delivers: %d", pending)

@@ -38,7 +38,9 @@ class Sender:
         self._inline: Delivery | None = None
         self._inline_ends = False
         self._inline_lock = PatientLock()
-        self.changed = threading.Condition()  # notified after a step that ends the wait of a flush
+        # Taken by itself, not by way of the condition, which is Python code: a signal handler may raise in there.
+        self._changing = threading.RLock()
+        self._changed = threading.Condition(self._changing)  # notified after a step that ends the wait of a flush
         self._left = 0  # events that left by steps of this sender
         self._goals: list[int] = []  # what `_left` has to come to for the flushes that wait
         self.last_failure: tuple[int, bool] = (0, False)  # number of failed steps so far; was the budget used up
@@ -82,8 +84,11 @@ class Sender:
         """Deliver all that is pending now; whether all of it has left the outbox.
 
         `timeout`: seconds; `None` waits for as long as it takes, and ends when the retry budget is used up.
-        Raises `OutboxError` if the outbox can't be read.
+        Raises `OutboxError` if the outbox can't be read.  In a signal handler that has interrupted a call on this
+        outbox it is False: whoever delivers may wait for that call.
         """
+        if not self._outbox.is_outermost():
+            return False
         end = None if timeout is None else self._clock.boot() + timeout
         target = self._outbox.last_id(_BUSY if timeout is None else max(_GLANCE, timeout))
         failures = self.last_failure[0]
@@ -127,10 +132,10 @@ class Sender:
         For `sync_mode`, and for where no thread can be started.  A signal handler can't wait for what it has
         interrupted: there it is False at once.
         """
-        if self._inline_lock.is_owned():
+        if self._inline_lock.is_owned() or not self._outbox.is_outermost():
             return False
         try:
-            if not self._inline_lock.acquire(timeout=-1 if end is None else max(0.0, end - self._clock.boot())):
+            if not self._inline_lock.wait(None if end is None else max(0.0, end - self._clock.boot())):
                 return False
             return self._deliver_inline(target, end)
         finally:
@@ -174,6 +179,8 @@ class Sender:
 
     def wait_for_others(self, target: int, seconds: float) -> bool:
         """Wait, at most `seconds`, until other processes have delivered up to the event `target`."""
+        if not self._outbox.is_outermost():
+            return False
         end = self._clock.boot() + seconds
         while not self._has_left(target, end):
             remaining = end - self._clock.boot()
@@ -196,15 +203,17 @@ class Sender:
         """
         with self._lock:
             workers, self._workers = self._workers, []
-        end = self._clock.boot() + timeout
         self._inline_ends = True  # a thread that is delivering in `drain` closes its delivery when it leaves
-        if not self._inline_lock.is_owned() and self._inline_lock.acquire(timeout=timeout):
+        if not self._outbox.is_outermost():
+            timeout = 0.0  # a signal handler: the threads may wait for what it has interrupted
+        if not self._inline_lock.is_owned() and self._inline_lock.wait(timeout):
             try:
                 inline, self._inline = self._inline, None
                 if inline is not None:
                     inline.close()
             finally:
                 self._inline_lock.release()
+        end = self._clock.boot() + timeout
         ending = _Ending(len(workers), then)
         for worker in workers:
             worker.stop(ending.one_ended)
@@ -220,21 +229,21 @@ class Sender:
 
         A look after each batch took a fifth of the time in which a backlog was delivered.
         """
-        with self.changed:
+        with self._changing:
             self._left += step.count
             if step.kind in ("failed", "backoff"):
                 self.last_failure = (self.last_failure[0] + 1, step.exhausted)
             if not step.progress or any(goal <= self._left for goal in self._goals):
-                self.changed.notify_all()
+                self._changed.notify_all()
 
     def _wait_for(self, goal: int, seconds: float) -> None:
         """Wait until so many events have left by this sender, or a step left it with nothing to do."""
-        with self.changed:
+        with self._changing:
             if self._left >= goal:
                 return
             self._goals.append(goal)
             try:
-                self.changed.wait(seconds)
+                self._changed.wait(seconds)
             finally:
                 self._goals.remove(goal)
 

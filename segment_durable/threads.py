@@ -61,26 +61,45 @@ def _would_stand_still() -> bool:
 
 
 class PatientLock(_RLock):  # type: ignore[misc, valid-type]
-    """A reentrant lock whose `with` asks for it again and again rather than wait for it.
+    """A reentrant lock that is asked for again and again rather than waited for.
 
-    To wait for a lock from before gevent's patching stops all greenlets, the one that has the lock among them.  What
-    a signal handler raises within the `with` leaves it free: it is left without a step of Python's.
+    To wait for a lock from before gevent's patching stops all greenlets, the one that has the lock among them; and
+    such a lock takes all greenlets of a thread for one owner, so that is looked at as well.  It is left without a step
+    of Python's, in which a signal handler could raise and leave it locked.
     """
 
-    def __enter__(self) -> bool:
-        was_owned = self.is_owned()
-        try:
-            while not self.acquire(False):
-                time.sleep(0.001)
-        except BaseException:
-            if not was_owned and self.is_owned():
-                self.release()
-            raise
-        return True
+    def __init__(self) -> None:
+        # Which of the greenlets of a thread has it, by the ids that gevent gives them.  A claim comes before the lock,
+        # so that a signal handler knows in between, too, what it has interrupted.
+        self._claims: set[int] = set()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Take it; False if that takes more than so many seconds, `None`: for as long as it takes."""
+        me = threading.get_ident()
+        end = None if timeout is None else time.monotonic() + timeout
+        while True:
+            was_owned = self._is_owned()
+            if not was_owned:
+                self._claims.add(me)
+            if me in self._claims:
+                try:
+                    if self.acquire(False):
+                        self._claims = {me}
+                        return True
+                    self._claims.discard(me)
+                except BaseException:
+                    if not was_owned and self._is_owned():
+                        self.release()
+                    raise
+            if end is not None and time.monotonic() >= end:
+                return False
+            time.sleep(0.001)
+
+    __enter__ = wait  # itself, and not a function around it, which a signal handler could end after it
 
     def is_owned(self) -> bool:
         """Whether this very thread has it: then this is a signal handler or a finalizer within another call."""
-        return bool(self._is_owned())
+        return bool(self._is_owned()) and threading.get_ident() in self._claims
 
 
 class Wake:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import io
 import os
+import queue
 import socket
 import sys
 import time
@@ -114,7 +115,10 @@ class RequestsTransport:
                 response.close()  # a connection whose answer was read to its end is back in the pool by then
         except TransportError:
             raise
-        except _PROBLEMS as problem:
+        except BaseException as problem:
+            self.close()  # what a signal handler's exception has left is not gone on with
+            if not isinstance(problem, _PROBLEMS):
+                raise
             # Without its cause, whose text may hold a proxy's password.
             error = _transport_error(problem)
             _let_go(problem)
@@ -153,8 +157,28 @@ class RequestsTransport:
         pool: Any = adapter.get_connection_with_tls_context(request, session.verify, proxies=proxies)
         adapter.cert_verify(pool, url, session.verify, None)  # type: ignore[no-untyped-call]
         pool.ConnectionCls = type("Connection", (pool.ConnectionCls,), {"response_class": _Answer})
+        pool.pool = _Idle(pool.pool.maxsize)
         route = self._routes[url] = _Route(pool, adapter.request_url(request, proxies), dict(request.headers))
         return route
+
+
+class _Idle:
+    """The idle connections of a pool that one thread uses, in the place of urllib3's queue.
+
+    That has a lock of its own, which an exception of a signal handler's may leave locked in the middle of Python code:
+    the next post would wait for it for ever.
+    """
+
+    def __init__(self, maxsize: int) -> None:
+        self._connections: list[Any] = [None] * maxsize  # None: to be opened
+
+    def get(self, block: bool = True, timeout: float | None = None) -> Any:
+        if not self._connections:
+            raise queue.Empty
+        return self._connections.pop()
+
+    def put(self, connection: Any, block: bool = True) -> None:
+        self._connections.append(connection)
 
 
 class _Answer(http.client.HTTPResponse):

@@ -52,6 +52,13 @@ def test_a_batch_goes_out_without_a_flush_after_upload_interval(make_client: Mak
     assert receiver.wait_for(1, timeout=5)
 
 
+def test_a_client_that_only_delivers_is_started_by_a_flush(make_client: MakeClient, receiver: Receiver) -> None:
+    deliverer = make_client(upload_interval=0.01)
+    assert deliverer.flush() is True
+    make_client(deliver=False, upload_interval=0.01).track("u", "of another")
+    assert receiver.wait_for(1, timeout=10)
+
+
 def test_an_idle_sender_is_woken_by_the_first_event(
     make_client: MakeClient, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -76,6 +76,20 @@ started.append(time.monotonic())
     assert len(receiver.requests) == 4  # by four threads: none had to wait for another's end
 
 
+def test_the_exit_delivers_if_any_client_of_the_outbox_does(receiver: Receiver, tmp_path: Path) -> None:
+    code = """
+first, second = (
+    analytics.Client("test-key", sys.argv[1], outbox_dir=sys.argv[2], upload_interval=600, deliver=deliver)
+    for deliver in (False, True)
+)
+first.track("u", "of the first")
+second.track("u", "of the second")
+"""
+    said, _ = run(code, receiver, tmp_path)
+    assert said == ""
+    assert [event["event"] for event in receiver.unique] == ["of the first", "of the second"]
+
+
 def test_shutdown_timeout_0_does_not_wait_at_all(receiver: Receiver, tmp_path: Path) -> None:
     receiver.always(Answer(503))
     _, seconds = run("analytics.shutdown_timeout = 0; analytics.track('u', 'kept')", receiver, tmp_path)

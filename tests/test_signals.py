@@ -38,8 +38,8 @@ def track(client: Client) -> list[str]:
 # What interrupts, and whether the interrupted call goes on; the ids of what it had accepted.
 HANDLERS: dict[str, Callable[[Client], list[str] | None]] = {
     "track": track,
-    "flush": lambda client: client.flush(0.0) and [],  # type: ignore[dict-item]
-    "shutdown": lambda client: client.shutdown(0.0) and [],  # type: ignore[dict-item]
+    "flush": lambda client: client.flush() and [],  # type: ignore[dict-item]
+    "shutdown": lambda client: client.shutdown() and [],  # type: ignore[dict-item]
     "raise": strike,
 }
 

@@ -22,6 +22,7 @@ from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
+from outbox.common import Interruption, in_its_own_thread
 
 from segment_durable.transport import MAX_ANSWER_BYTES, RequestsTransport, Response, TransportError, _Answer
 
@@ -106,7 +107,10 @@ def read_request(connection: socket.socket) -> bytes:
     head, _, body = data.partition(b"\r\n\r\n")
     length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", head)
     while length and len(body) < int(length[1]):
-        body += connection.recv(65536)
+        chunk = connection.recv(65536)
+        if not chunk:
+            return b""
+        body += chunk
     return head + b"\r\n\r\n" + body
 
 
@@ -251,6 +255,39 @@ def test_a_time_limit_that_strikes_while_the_answer_is_waited_for_is_not_taken_f
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # a socket that was just opened is not closed
+@in_its_own_thread
+def test_whatever_a_signal_handler_has_ended_the_next_post_waits_for_nothing() -> None:
+    """A pool of urllib3's has a lock that an exception in the middle of Python's own code leaves locked."""
+
+    class TimeLimit(Exception):
+        pass
+
+    def strike() -> None:
+        raise TimeLimit
+
+    transport = RequestsTransport()
+    within = ("urllib3", "queue.py", "threading.py", "http/client.py")
+    with Server(sends(OK)) as server:
+        for place in range(1 << 30):
+            assert post(transport, server.url).status == 200, f"before place {place}"
+            with (
+                contextlib.suppress(TimeLimit),
+                Interruption(place, strike, checked=True, within=within) as interruption,
+            ):
+                post(transport, server.url)
+            if not interruption.happened:
+                break
+            if place % 2:
+                transport.close()
+        transport.close()
+    assert place > 100
+    gc.collect()
 
 
 def test_a_cookie_of_an_answer_is_not_sent_back(transport: RequestsTransport) -> None:

@@ -48,12 +48,16 @@ class Interruption:
 
     With `checked` only those count at which Python looks for signals: after a call, at the beginning of a function and
     in a loop.  What runs in between is not interrupted, and an exception that is raised there proves nothing.
+    `within`: parts of the names of other files than the package's, whose code counts as well.
     """
 
-    def __init__(self, at: int, handle: Callable[[], object], *, checked: bool = False) -> None:
+    def __init__(
+        self, at: int, handle: Callable[[], object], *, checked: bool = False, within: tuple[str, ...] = ()
+    ) -> None:
         self._left = at
         self._handle = handle
         self._checked = checked
+        self._within = ("segment_durable", *within)
         self._last: dict[FrameType, str] = {}
         self.happened = False
 
@@ -70,7 +74,7 @@ class Interruption:
         self._last.clear()
 
     def _trace(self, frame: FrameType, event: str, _: object) -> Any:
-        if "segment_durable" not in frame.f_code.co_filename:
+        if not any(each in frame.f_code.co_filename for each in self._within):
             return None
         frame.f_trace_opcodes = True
         if event == "opcode" and not self.happened and self._is_place(frame):
