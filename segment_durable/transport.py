@@ -157,7 +157,8 @@ class RequestsTransport:
         pool: Any = adapter.get_connection_with_tls_context(request, session.verify, proxies=proxies)
         adapter.cert_verify(pool, url, session.verify, None)  # type: ignore[no-untyped-call]
         pool.ConnectionCls = type("Connection", (pool.ConnectionCls,), {"response_class": _Answer})
-        pool.pool = _Idle(pool.pool.maxsize)
+        if not isinstance(pool.pool, _Idle):  # else another URL of the same host has been here
+            pool.pool = _Idle(pool.pool.maxsize)
         route = self._routes[url] = _Route(pool, adapter.request_url(request, proxies), dict(request.headers))
         return route
 

@@ -193,6 +193,15 @@ def test_one_connection_serves_many_posts(transport: RequestsTransport, answer: 
         transport.close()
 
 
+def test_one_connection_serves_two_urls_of_a_host(transport: RequestsTransport) -> None:
+    with Server(sends(OK)) as server:
+        for _ in range(2):
+            for path in ("v1/batch", "token"):
+                assert transport.post(f"{server.url}/{path}", HEADERS, BODY, TIMEOUT).status == 200
+        assert server.connections == 1
+        transport.close()
+
+
 def test_a_connection_that_the_host_has_closed_between_two_posts_is_no_error(transport: RequestsTransport) -> None:
     with Server(sends(OK, keep=False)) as server:
         for number in range(1, 4):
