@@ -181,6 +181,12 @@ class _Idle:
     def put(self, connection: Any, block: bool = True) -> None:
         self._connections.append(connection)
 
+    def __del__(self) -> None:
+        # urllib3's own finalizer knows the queue only that was here before.
+        for connection in self._connections:
+            if connection is not None:
+                connection.close()
+
 
 class _Answer(http.client.HTTPResponse):
     """An answer that has to end in time.
