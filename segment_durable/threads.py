@@ -1,10 +1,11 @@
 """Starting threads, where they can run; and locks for programs that gevent patches later on, and for signal handlers.
 
-Nothing here is bound when it is imported: gunicorn's `--preload` imports the app before gevent replaces `threading`.
+Nothing of `threading` is bound when this is imported: gunicorn's `--preload` imports the app before gevent replaces it.
 """
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import os
 import sys
@@ -15,7 +16,8 @@ from typing import Any
 
 __all__ = ["PatientLock", "Wake", "start_thread"]
 
-_RLock = type(threading.RLock())
+# In C.  `threading.RLock` is the same, but not after gevent's patching: then it is made of Python's steps.
+_RLock: Any = _thread.RLock
 
 _told = False
 
@@ -60,7 +62,7 @@ def _would_stand_still() -> bool:
     return True
 
 
-class PatientLock(_RLock):  # type: ignore[misc, valid-type]
+class PatientLock(_RLock):  # type: ignore[misc]
     """A reentrant lock that is asked for again and again rather than waited for.
 
     To wait for a lock from before gevent's patching stops all greenlets, the one that has the lock among them; and

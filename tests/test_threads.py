@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -68,3 +69,22 @@ def test_in_the_master_no_thread_starts(
     uwsgi.masterpid = os.getppid  # forked
     assert client.track("u", "e")[0]
     assert receiver.wait_for(2)
+
+
+def test_a_lock_made_after_gevents_patching_is_pythons_own_in_c() -> None:
+    """gevent leaves no `threading._CRLock`: its `RLock` then has an `__init__` to be called."""
+    code = """
+import threading
+threading._CRLock = None
+assert hasattr(threading.RLock(), "_owner")
+from segment_durable.threads import PatientLock
+lock = PatientLock()
+assert not lock.is_owned() and not hasattr(lock, "_owner")
+with lock:
+    assert lock.is_owned()
+    with lock:
+        pass
+assert not lock.is_owned()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0, done.stderr
