@@ -9,6 +9,7 @@ from threading import Lock, get_ident
 from segment_durable.connections import WRITE_TIMEOUT
 from segment_durable.db import Database
 from segment_durable.errors import OutboxBusy, OutboxError, StorageError
+from segment_durable.sqlite_errors import SQLITE_PROBLEMS
 
 __all__ = ["Intake"]
 
@@ -52,6 +53,8 @@ WHERE column3 IS NOT NULL AND last - gone + column1 <= ?
 _GROUPS = {rows: _put_group(rows) for rows in (4, 16, 64, 256)}
 _MAX_GROUP = max(_GROUPS)
 _MAX_TURN = 4  # groups that a thread commits before it leaves that to another, where each waits for the disk
+
+_NEWEST = "SELECT body FROM event ORDER BY id DESC LIMIT ?"
 
 
 class _Put:
@@ -138,21 +141,21 @@ class Intake:
             db.wal.wrote(len(parameters[2]))
             return accepted
         put = _Put(parameters)
-        self._waiting.append(put)
         try:
+            self._waiting.append(put)
             is_to_commit = self._is_to_commit(put)
-        except BaseException:  # also a signal handler's: nobody would be behind the first of those who wait
+            if is_to_commit:
+                leader = self._leader
+                try:
+                    self._commit_waiting(put)
+                finally:
+                    self._leader = leader  # this thread already, if this is its signal handler
+                    lock.mutex.release()
+        except BaseException:  # also a signal handler's: those behind it would wait for one that nobody is to commit
             self._withdraw(put)
-            self._pass_on()
             raise
         if is_to_commit:
-            leader = self._leader
-            try:
-                self._commit_waiting(put)
-            finally:
-                self._leader = leader  # this thread already, if this is its signal handler
-                lock.mutex.release()
-                self._pass_on()
+            self._pass_on()
         if put.accepted is None and put.error is not None:
             raise put.error
         return bool(put.accepted)
@@ -171,7 +174,8 @@ class Intake:
             raise OutboxBusy(f"another thread has been writing to the outbox for {WRITE_TIMEOUT:g} s")
         # The thread that writes has just taken it along: see how that ends.
         while not put.is_decided:
-            if not self._wait(put, 2 * WRITE_TIMEOUT):
+            # Withdrawn: that thread was ended by a signal handler.
+            if not self._wait(put, 2 * WRITE_TIMEOUT) or self._withdraw(put):
                 raise OutboxBusy("another thread is still writing this event to the outbox")
         return False
 
@@ -210,8 +214,14 @@ class Intake:
 
     def _wake_next(self) -> None:
         with contextlib.suppress(IndexError):
-            while not self._done.popleft().wake():
-                pass
+            while True:
+                # Woken before it is taken off: in between a signal handler may raise.
+                put = self._done[0]
+                is_awake = put.wake()
+                with contextlib.suppress(ValueError):  # another thread has taken it off
+                    self._done.remove(put)
+                if is_awake:
+                    return
 
     def _commit_waiting(self, put: _Put) -> None:
         """Commit what waits, under the mutex: that put in any case."""
@@ -259,16 +269,36 @@ class Intake:
             accepted = self._insert(group)
             for number, put in enumerate(group):
                 put.accepted = number < accepted
-        except BaseException as problem:
+        except OutboxError as problem:
             for put in group:
-                put.error = problem if isinstance(problem, OutboxError) else StorageError("the write was interrupted")
-            if not isinstance(problem, OutboxError):
-                raise
+                put.error = problem
             return 0
+        except BaseException:
+            self._settle(group)
+            raise
         finally:
             self._committing = False
-            self._done.extend(group)
+            self._done.extend(group)  # in one step; one that is not decided has another turn, by its own thread
         return sum(len(put.parameters[2]) for put in group)
+
+    def _settle(self, group: list[_Put]) -> None:
+        """A signal handler has raised somewhere in a commit: those that are not in the outbox wait for the next one.
+
+        Under the writer lock: nobody but this thread has written since, and so they are among the last rows.
+        """
+        undecided = [put for put in group if not put.is_decided]
+        try:
+            rows = self._db.connections.current().execute(_NEWEST, (2 * _MAX_GROUP,))
+            stored = {body for (body,) in rows}
+        except (OutboxError, *SQLITE_PROBLEMS):
+            for put in undecided:
+                put.error = StorageError("the write was interrupted")
+            return
+        for put in reversed(undecided):
+            if put.parameters[2] in stored:
+                put.accepted = True
+            elif put not in self._waiting:
+                self._waiting.appendleft(put)
 
     def _insert(self, group: list[_Put]) -> int:
         """How many of them were accepted: the first ones, for the limit is the same for all."""

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from segment_durable import intake
+from segment_durable.errors import OutboxBusy
 from segment_durable.outbox import Outbox
 from segment_durable.records import Backoff, Lease
 
@@ -155,9 +157,10 @@ def test_an_exception_from_a_signal_handler_at_any_place_leaves_nothing_taken(
 @pytest.mark.parametrize("full", [False, True], ids=["normal", "full"])
 @in_its_own_thread
 def test_an_exception_from_a_signal_handler_in_a_put_that_waits_leaves_nothing_taken(
-    outbox_factory: Callable[..., Outbox], probe: Probe, full: bool
+    outbox_factory: Callable[..., Outbox], probe: Probe, monkeypatch: pytest.MonkeyPatch, full: bool
 ) -> None:
     """The other way through a put: behind a thread that has the lock, or with one that waits for its commit."""
+    monkeypatch.setattr(intake, "WRITE_TIMEOUT", 100)
     outbox = outbox_factory(full=full)
     for places in range(1 << 30):
         entered, leave = threading.Event(), threading.Event()
@@ -193,3 +196,67 @@ def test_an_exception_from_a_signal_handler_in_a_put_that_waits_leaves_nothing_t
             break
         check_that_nothing_is_taken(outbox, probe, f"at place {places}")
     assert places > 10
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("full", [False, True], ids=["normal", "full"])
+@pytest.mark.parametrize("raises", [True, False], ids=["raises", "puts"])
+@in_its_own_thread
+def test_a_signal_handler_in_the_thread_that_commits_for_others_refuses_no_put_of_theirs(
+    outbox_factory: Callable[..., Outbox], probe: Probe, monkeypatch: pytest.MonkeyPatch, full: bool, raises: bool
+) -> None:
+    """Their callers would send them again, though they may have been committed.  Nor does one wait for nothing."""
+    monkeypatch.setattr(intake, "WRITE_TIMEOUT", 100)
+    outbox = outbox_factory(full=full)
+    waiting = outbox._intake._waiting
+    together = 0
+    for places in range(1 << 30):
+        entered, over = threading.Event(), threading.Event()
+        answers: list[object] = []
+        within: list[bool] = []
+
+        def handle(within: list[bool] = within) -> None:
+            if raises:
+                raise TimeLimit
+            with contextlib.suppress(OutboxBusy):
+                within.append(outbox.put(b"of the handler", 1))
+
+        def until(count: int, over: threading.Event = over) -> bool:
+            while len(waiting) < count and not over.is_set():
+                over.wait(0.001)
+            return len(waiting) >= count
+
+        def put(answers: list[object] = answers) -> None:
+            try:
+                answers.append(outbox.put(b"of a thread", 1))
+            except Exception as problem:
+                answers.append(problem)
+
+        def stay(entered: threading.Event = entered) -> None:
+            other = threading.Thread(target=put, daemon=True)
+            with outbox.db.connections.writer():
+                entered.set()
+                if until(1):
+                    other.start()
+                    until(2)
+            if other.ident is not None:
+                other.join(30)
+
+        stays = threading.Thread(target=stay, daemon=True)
+        stays.start()
+        assert entered.wait(30)
+        with contextlib.suppress(TimeLimit), Interruption(places, handle, checked=True) as interruption:
+            outbox.put(b"interrupted", 1)
+        over.set()
+        stays.join(30)
+        together += len(answers)
+        assert answers in ([], [True]), f"at place {places}"
+        stored = bodies(outbox)
+        assert stored.count(b"of a thread") == len(answers), f"at place {places}"
+        assert stored.count(b"of the handler") == len(within), f"at place {places}"
+        assert stored.count(b"interrupted") == 1 or (raises and b"interrupted" not in stored), f"at place {places}"
+        if not interruption.happened:
+            break
+        check_that_nothing_is_taken(outbox, probe, f"at place {places}")
+        outbox.erase()
+    assert together > 10
