@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from bisect import bisect_left
 from collections import deque
 from threading import Lock, get_ident
 
@@ -50,8 +51,9 @@ WHERE column3 IS NOT NULL AND last - gone + column1 <= ?
 
 
 # Few sizes, for each is a statement to be prepared and kept; the largest has less than SQLite's 999 parameters.
-_GROUPS = {rows: _put_group(rows) for rows in (4, 16, 64, 256)}
-_MAX_GROUP = max(_GROUPS)
+_SIZES = (4, 16, 64, 256)
+_GROUPS = [_put_group(rows) for rows in _SIZES]
+_MAX_GROUP = _SIZES[-1]
 _MAX_TURN = 4  # groups that a thread commits before it leaves that to another, where each waits for the disk
 
 _NEWEST = "SELECT body FROM event ORDER BY id DESC LIMIT ?"
@@ -305,10 +307,10 @@ class Intake:
         if len(group) == 1:
             done = self._db.write_one(_PUT, group[0].parameters, self._wake_next)
         else:
-            rows = next(rows for rows in _GROUPS if rows >= len(group))
+            size = bisect_left(_SIZES, len(group))
             given = [value for put in group for value in put.parameters[1:]]
-            missing = [None, None] * (rows - len(group))
-            done = self._db.write_one(_GROUPS[rows], (*given, *missing, group[0].parameters[0]), self._wake_next)
+            missing = [None, None] * (_SIZES[size] - len(group))
+            done = self._db.write_one(_GROUPS[size], (*given, *missing, group[0].parameters[0]), self._wake_next)
         if done.rowcount:
             self.newest = done.lastrowid or 0
         return done.rowcount

@@ -80,19 +80,22 @@ def check_it_works(outbox: Outbox, before: dict[int, bytes]) -> None:
     assert outbox.put(b'{"new":1}', 1)
     assert outbox.last_id() > highest
     assert outbox.rows(outbox.last_id(), outbox.last_id())[0].body == b'{"new":1}'
+    if not deliver_all(outbox):
+        # It was damaged where nobody had read: within what was leased, or behind an id that is too high now, at which
+        # SQLite ends a range without a word.  The new one has no leases, and what is left is sent once more.
+        outbox.load()  # as a sender does before it waits: the books say that there are more
+        assert kept_sets(outbox.db.folder)
+        assert deliver_all(outbox)
+    assert outbox.stats().balanced
+
+
+def deliver_all(outbox: Outbox) -> bool:
+    """Whether as many were acknowledged as were waiting."""
     lease = outbox.lease(1 << 30, 60)
     assert isinstance(lease, Lease)
     assert lease.first == outbox.first_id()
     pending = outbox.pending()
-    acknowledged = outbox.ack(lease, lease.last)
-    if acknowledged is None:  # that found the database damaged, and a new one has no leases: they are sent once more
-        assert kept_sets(outbox.db.folder)
-        lease = outbox.lease(1 << 30, 60)
-        assert isinstance(lease, Lease)
-        pending = outbox.pending()
-        acknowledged = outbox.ack(lease, lease.last)
-    assert acknowledged == pending
-    assert outbox.stats().balanced
+    return outbox.ack(lease, lease.last) == pending
 
 
 def overwrite(path: Path, at: int, data: bytes) -> None:
