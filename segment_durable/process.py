@@ -28,6 +28,7 @@ log = logging.getLogger("segment.durable")
 _lock = PatientLock()
 _engines: dict[str, Engine] = {}
 _pid = os.getpid()
+_is_ready = False  # for a fork, which the thread that has the lock is about to make
 _inherited: list[Any] = []  # what a child must neither use nor let be collected
 # The databases to which a connection of the parent, or of its parent, is open in the memory of this process.
 _haunted: dict[Path, Files] = {}
@@ -94,16 +95,18 @@ def _replace(engine: Engine) -> None:
 
 
 def _before_fork() -> None:
+    global _is_ready
     _notice_fork()
-    _lock.wait()
-    for each in living_connections():
-        try:
+    if not (_is_ready and _lock.is_owned()):  # by another thread's fork, that is
+        _lock.wait()
+        for each in living_connections():
             each.suspend()
-        except BaseException:  # a signal handler's: Python ignores it here, and forks all the same
-            each.suspend()
+        _is_ready = True
 
 
 def _after_fork_in_parent() -> None:
+    global _is_ready
+    _is_ready = False
     try:
         for each in living_connections():
             each.resume()
@@ -127,7 +130,7 @@ def _notice_fork() -> None:
 
 def _start_anew(*, hooked: bool) -> None:
     """In a forked child: forget what belongs to the parent."""
-    global _lock, _pid, _engines, _unusable
+    global _lock, _pid, _engines, _unusable, _is_ready
     lock_files, connections = abandon_inherited(), abandon_connections()
     _inherited.append((lock_files, connections, _engines))
     for each in connections:
@@ -145,7 +148,7 @@ def _start_anew(*, hooked: bool) -> None:
                 _inherited.append(hold_inherited_locks(path, files))
         except OSError as problem:
             _unusable = _forked_unlocked(path, problem)
-    _engines, _lock = {}, PatientLock()
+    _engines, _lock, _is_ready = {}, PatientLock(), False
     _pid = os.getpid()  # last: other threads wait for it
 
 
@@ -194,5 +197,5 @@ def _at_exit() -> None:
 atexit.register(_at_exit)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
-    # Once more, for a signal handler may raise at the very beginning of the first: Python ignores that, and the hook.
-    os.register_at_fork(after_in_parent=_after_fork_in_parent)
+    # Once more, for a signal handler may raise in the first: Python ignores that, with what is left to do, and forks.
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent)

@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -116,6 +116,37 @@ def test_a_signal_handler_at_any_place_of_a_call_ends_and_costs_no_event(
 @in_its_own_thread
 def test_a_signal_handler_that_raises_at_any_place_of_a_fork_costs_neither_side_its_outbox(tmp_path: Path) -> None:
     client = Client("test", outbox_dir=tmp_path / "outbox", deliver=False)
+    with at_work(tmp_path / "busy"):
+        places = fork_at_each_place(client)
+    assert places > 20
+    stats = client.stats()
+    assert stats.pending == 3 * (places + 1)
+    assert stats.balanced
+    client.shutdown(0)
+    gc.collect()
+
+
+@contextlib.contextmanager
+def at_work(folder: Path) -> Iterator[None]:
+    """Another thread puts all the time, so that it is mostly inside SQLite."""
+    over = threading.Event()
+
+    def work() -> None:
+        with contextlib.closing(Outbox(folder, FakeClock())) as outbox:
+            while not over.is_set():
+                outbox.put(b"{}", 1)
+
+    with ThreadPoolExecutor(1) as pool:
+        working = pool.submit(work)
+        try:
+            yield
+        finally:
+            over.set()
+        working.result()
+
+
+def fork_at_each_place(client: Client) -> int:
+    """At which a signal handler raises: how many there are."""
     places = 0
     while True:
         client.track("u", "opens it")
@@ -125,13 +156,8 @@ def test_a_signal_handler_that_raises_at_any_place_of_a_fork_costs_neither_side_
                 sys.settrace(None)
                 os._exit(0 if client.track("u", "of the child")[0] else 7)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, f"at place {places}"
-        with ThreadPoolExecutor(1) as pool:
-            assert pool.submit(client.track, "u", "of another thread").result()[0], f"at place {places}"
+        with ThreadPoolExecutor(1) as another:
+            assert another.submit(client.track, "u", "of another thread").result()[0], f"at place {places}"
         if not interruption.happened:
-            break
+            return places
         places += 1
-    assert places > 20
-    stats = client.stats()
-    assert stats.pending == 3 * (places + 1)
-    assert stats.balanced
-    client.shutdown(0)
