@@ -130,13 +130,13 @@ def test_a_signal_handler_that_raises_at_any_place_of_a_fork_costs_neither_side_
 def at_work(folder: Path) -> Iterator[None]:
     """Another thread puts all the time, so that it is mostly inside SQLite."""
     over = threading.Event()
+    # Made before: a fork waits for who makes one by way of a client only.
+    with contextlib.closing(Outbox(folder, FakeClock())) as outbox, ThreadPoolExecutor(1) as pool:
 
-    def work() -> None:
-        with contextlib.closing(Outbox(folder, FakeClock())) as outbox:
+        def work() -> None:
             while not over.is_set():
                 outbox.put(b"{}", 1)
 
-    with ThreadPoolExecutor(1) as pool:
         working = pool.submit(work)
         try:
             yield
