@@ -73,6 +73,7 @@ class Connections:
         self._reading_generation = -1
         self._spare: sqlite3.Connection | None = None  # for reading, for the next that asks for one
         self._held: list[sqlite3.Connection] = []  # to a damaged database that could not be set aside yet
+        self._leaving: list[sqlite3.Connection] = []  # that are about to be closed
         # Taken before the lock file's mutex where both are needed; reentrant for the same reason as that one.
         self._reading_mutex = threading.RLock()
         _living.add(weakref.ref(self, _living.discard))
@@ -236,7 +237,7 @@ class Connections:
 
     def inherited(self) -> Files | None:
         """In a child forked without `suspend()`: the files to which a connection of the parent was open."""
-        is_open = self._connection or self._reading or self._spare or self._held
+        is_open = self._connection or self._reading or self._spare or self._held or self._leaving
         return self.files if is_open else None
 
     def close(self, timeout: float = WRITE_TIMEOUT) -> None:
@@ -366,24 +367,28 @@ class Connections:
             spare.close()
 
     def _disconnect(self, timeout: float) -> None:
-        reading, self._reading = self._reading, None
-        if reading is not None:
-            reading.close()
-        self._close_spare()
-        connection, self._connection = self._connection, None
-        if connection is None:
+        # Known until they are closed: of one that a signal handler's exception leaves before that, a fork must not find
+        # nothing to close, and take it along.
+        self._leaving += [each for each in (self._reading, self._spare, self._connection) if each is not None]
+        self._reading = self._spare = self._connection = None
+        if not self._leaving:
             return
         # The last close of all processes checkpoints and removes the WAL; that, too, belongs under the writer lock.
         # A process that keeps the lock has the database open, so this is not the last.
         try:
             self.lock.acquire(timeout)
         except OutboxError:
-            connection.close()
+            self._close_leaving()
             return
         try:
-            connection.close()
+            self._close_leaving()
         finally:
             self.lock.release()
+
+    def _close_leaving(self) -> None:
+        while self._leaving:
+            self._leaving[-1].close()
+            self._leaving.pop()
 
 
 # Classes, and no generators: one of those that a signal handler's exception has left behind would go on to its
