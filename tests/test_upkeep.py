@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from segment_durable import Client, upkeep, wal
+from segment_durable import Client, space, upkeep, wal
 from segment_durable.clock import SystemClock
 from segment_durable.errors import OutboxBusy, StorageError
 from segment_durable.outbox import Outbox
@@ -227,6 +227,39 @@ def test_space_of_a_backlog_of_an_earlier_process_comes_back(tmp_path: Path, mon
     size = outbox.db.space.size_on_disk()
     outbox.close()
     assert size <= upkeep._TIDY_BYTES
+
+
+def test_a_large_file_is_cut_in_portions(outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All writers wait while the kernel gives up the pages of what is cut off: 90 ms for 270 MB at once."""
+    monkeypatch.setattr(upkeep, "_QUIET_SECONDS", 0.01)
+    monkeypatch.setattr(upkeep, "_CUT_BYTES", 1 << 20)
+    monkeypatch.setattr(space, "_SHRINK_SECONDS", 0.0005)
+    body = b'"%b"' % (b"x" * 30_000)
+    for _ in range(500):
+        outbox.put(body, 1)
+    outbox.db.wal.checkpoint(truncate=True)
+    while isinstance(lease := outbox.lease(100, 60), Lease):
+        outbox.ack(lease, lease.last)
+    size = outbox.db.space.database_size
+    cuts: list[int] = []
+    small = threading.Event()
+    real = outbox.db.wal.checkpoint
+
+    def checkpoint(*, truncate: bool = False) -> bool:
+        before = size()
+        done = real(truncate=truncate)
+        cuts.append(before - size())
+        if size() <= upkeep._TIDY_BYTES:
+            small.set()
+        return done
+
+    monkeypatch.setattr(outbox.db.wal, "checkpoint", checkpoint)
+    keeper = Upkeep(outbox.db, SystemClock())
+    outbox.put(BODY, 1)
+    assert small.wait(60)
+    assert keeper.stop(10)
+    assert sum(cuts) > 10_000_000
+    assert max(cuts) < 4_000_000
 
 
 def test_space_comes_back_also_where_it_is_never_quiet(
