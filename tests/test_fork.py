@@ -42,25 +42,44 @@ in_c = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="calls th
 def fork_in_c() -> int:
     """As uWSGI does without threads: no hook of Python's runs, and nobody else has the interpreter lock meanwhile.
 
-    Nor does anybody wait for it: that would hang the child inside CPython, for the C library's condition variables wait
-    for the waiters that they remember.
+    Nor may anybody wait for it: that would hang the child inside CPython, for the C library's condition variables wait
+    for the waiters that they remember.  Who waits for it asks again every 5 ms, and so has been awake soon afterwards:
+    a child is let go only if no other thread has been, from before the fork until then, and else another one is made.
     """
+    library = ctypes.PyDLL(None)  # keeps the interpreter lock in its calls
     for _ in range(200):
-        before = _wake_ups()
-        time.sleep(0.01)  # in which who waits for the interpreter lock gets it, and goes to rest
-        if _wake_ups() == before:
-            break
-    return ctypes.PyDLL(None).fork()
+        go, ready = os.pipe()
+        before = _at_rest()
+        child = library.fork()
+        if child == 0:
+            library.close(ready)
+            if library.read(go, ctypes.create_string_buffer(1), 1) != 1:
+                library._exit(1)
+            return 0
+        time.sleep(0.03)
+        is_well = before is not None and _at_rest() == before
+        if is_well:
+            os.write(ready, b"x")
+        os.close(ready)
+        os.close(go)
+        if is_well:
+            return int(child)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    raise AssertionError("the other threads don't come to rest")
 
 
-def _wake_ups() -> dict[str, int]:
-    """How often each other thread of this process has been woken."""
+def _at_rest() -> dict[str, str] | None:
+    """How often each other thread of this process has gone to rest, or None if one is not at rest."""
     found = {}
     for task in Path("/proc/self/task").iterdir():
         if int(task.name) != threading.get_native_id():
-            with contextlib.suppress(FileNotFoundError):
-                lines = dict(line.split(":\t") for line in (task / "status").read_text().splitlines() if ":\t" in line)
-                found[task.name] = int(lines["voluntary_ctxt_switches"])
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                lines = (task / "status").read_text().splitlines()
+                status = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+                if not status["State"].startswith("S"):
+                    return None
+                found[task.name] = status["voluntary_ctxt_switches"]
     return found
 
 
