@@ -147,6 +147,26 @@ def test_another_program_fills_the_disk_with_a_backlog_waiting(
     assert "later" in arrived(receiver)
 
 
+def test_delivery_frees_the_reserve_where_another_program_took_all_space_while_nothing_was_tracked(
+    make_disk: Callable[[int], Path], make_full: Callable[..., Client], receiver: Receiver
+) -> None:
+    """The WAL has no bytes to write into again, and no put is refused that would have somebody look for space."""
+    disk = make_disk(DISK)
+    receiver.stop()
+    client = make_full(disk / "outbox")
+    tracked = [f"a-{n}" for n in range(1_500)]
+    assert all(client.track("u", "e", {"f": "x" * 400}, message_id=each)[0] for each in tracked)
+    assert client._engine is not None
+    client._engine.outbox.db.wal.checkpoint(truncate=True)
+    use_up(disk / "theirs")
+    receiver.start()
+    assert client.flush(PATIENCE) is True
+    assert arrived(receiver) == tracked
+    (disk / "theirs").unlink()
+    wait_until(lambda: is_accepted(client, "later"))
+    assert (disk / "outbox" / "outbox.reserve").exists()
+
+
 def use_up(path: Path) -> None:
     """Write a file until the disk is full."""
     with path.open("wb", buffering=0) as file:
