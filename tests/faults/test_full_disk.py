@@ -19,9 +19,11 @@ import pytest
 
 from segment_durable import Client, space
 from segment_durable.clock import SystemClock
-from segment_durable.database_file import file_size
+from segment_durable.connections import SPARE_PAGES
+from segment_durable.database_file import PAGE_SIZE, file_size
 from segment_durable.errors import StorageError
 from segment_durable.outbox import Outbox
+from segment_durable.records import Lease
 from segment_durable.reserve import RESERVE_BYTES, Reserve
 from segment_durable.testing import Receiver
 
@@ -310,6 +312,26 @@ def put_until_refused(outbox: Outbox) -> int:
         except StorageError:
             return accepted
     raise AssertionError("a missing reserve stops nothing")
+
+
+def test_the_last_pages_of_the_largest_file_are_for_delivery(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where RLIMIT_FSIZE bounds the database: an event that is refused by itself takes more space than it leaves."""
+    monkeypatch.setattr("segment_durable.reserve._file_limit", lambda: 1 << 20)
+    with contextlib.closing(Outbox(tmp_path / "outbox", SystemClock())) as outbox:
+        limit = (1 << 20) // PAGE_SIZE
+        waiting = put_until_refused(outbox)
+        lease = outbox.lease(10, 60)
+        assert isinstance(lease, Lease)
+        for event_id in range(lease.first, lease.last + 1):
+            answer = "x" * 4_000
+            assert outbox.bury(lease, event_id, status=400, code="no", answer=answer, max_dead=100) is True
+        grown = sum(outbox.db.pages())
+        assert limit - SPARE_PAGES < grown <= limit, "without the last pages it would not have been possible"
+        monkeypatch.setattr(space, "LOOK_SECONDS", 0.0)
+        while isinstance(lease := outbox.lease(500, 60), Lease):
+            assert outbox.ack(lease, lease.last)
+        assert put_until_refused(outbox) > waiting // 2
+        assert sum(outbox.db.pages()) <= grown, "puts take no more of them"
 
 
 LIMITED = """
