@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from segment_durable.outbox import Outbox
 from segment_durable.records import Lease
 from segment_durable.reserve import RESERVE_BYTES, Reserve
 from segment_durable.testing import Receiver
+from segment_durable.wal import Wal
 
 DISK = 4 << 20
 PATIENCE = 60.0  # seconds
@@ -332,6 +334,40 @@ def test_the_last_pages_of_the_largest_file_are_for_delivery(tmp_path: Path, mon
             assert outbox.ack(lease, lease.last)
         assert put_until_refused(outbox) > waiting // 2
         assert sum(outbox.db.pages()) <= grown, "puts take no more of them"
+
+
+def test_while_the_disk_is_full_space_is_not_looked_for_at_each_put(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[float] = []
+    now = 1_000.0
+    real = Wal.checkpoint
+
+    def checkpoint(self: Wal, *, truncate: bool = False) -> bool:
+        looks.append(now)
+        return real(self, truncate=truncate)
+
+    def refused(times: int) -> int:
+        looks.clear()
+        for _ in range(times):
+            with pytest.raises(StorageError, match="full"):
+                outbox.put(b"1", 1)
+        return len(looks)
+
+    with contextlib.closing(Outbox(tmp_path / "outbox", SystemClock())) as outbox:
+        monkeypatch.setattr(Wal, "checkpoint", checkpoint)
+        monkeypatch.setattr(space, "time", SimpleNamespace(monotonic=lambda: now))
+        with monkeypatch.context() as patch:
+            patch.setattr(Reserve, "room", lambda self: 0)
+            outbox.db.admission.note(StorageError("full", "SQLITE_FULL"))
+            assert refused(50) == 1
+            now += space.LOOK_SECONDS * 0.99
+            assert refused(50) == 0
+            now += space.LOOK_SECONDS * 0.02
+            assert refused(50) == 1
+        assert refused(50) == 0
+        now += space.LOOK_SECONDS
+        assert outbox.put(b"1", 1)
 
 
 LIMITED = """
