@@ -370,6 +370,18 @@ def test_while_the_disk_is_full_space_is_not_looked_for_at_each_put(
         assert outbox.put(b"1", 1)
 
 
+def test_a_checkpoint_that_finds_the_disk_full_frees_the_reserve(make_disk: Callable[[int], Path]) -> None:
+    disk = make_disk(DISK)
+    with contextlib.closing(Outbox(disk / "outbox", SystemClock())) as outbox:
+        for _ in range(200):
+            assert outbox.put(b'"%b"' % (b"x" * 1_000), 1)
+        before = file_size(outbox.db.path)
+        use_up(disk / "theirs")
+        assert outbox.db.wal.checkpoint() is True
+        assert file_size(outbox.db.path) > before + 200_000
+        assert not outbox.db.reserve.exists()
+
+
 LIMITED = """
 import json, os, resource, sys, time
 from pathlib import Path

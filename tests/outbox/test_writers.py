@@ -364,6 +364,22 @@ def test_a_put_is_unsynced_until_a_sync(outbox: Outbox, folder: Path, monkeypatc
     assert outbox.db.wal.is_unsynced
 
 
+def test_the_wal_is_not_looked_at_after_each_put(outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = 0
+    real = wal.Wal._look
+
+    def look(self: wal.Wal) -> None:
+        nonlocal looks
+        looks += 1
+        real(self)
+
+    monkeypatch.setattr(wal.Wal, "_look", look)
+    puts = 3 * wal.LOOK_BYTES // wal._COMMIT_BYTES
+    for _ in range(puts):
+        assert outbox.put(b"x", 1)
+    assert 3 <= looks <= 4
+
+
 def test_with_full_nothing_is_ever_unsynced(outbox_factory: Callable[..., Outbox]) -> None:
     outbox = outbox_factory(full=True)
     outbox.put(b"x", 1)
@@ -371,15 +387,19 @@ def test_with_full_nothing_is_ever_unsynced(outbox_factory: Callable[..., Outbox
     assert not outbox.db.wal.is_unsynced
 
 
+@pytest.mark.parametrize("step", ["open", "sync"])
 def test_a_sync_that_fails_is_a_storage_error_and_is_still_to_be_done(
-    outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+    outbox: Outbox, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    def fail(fd: int) -> None:
+    def fail(*_: object) -> int:
         raise OSError(5, "Input/output error")
 
     outbox.put(b"x", 1)
     with monkeypatch.context() as patch:
-        patch.setattr(wal, "sync_file", fail)
+        if step == "open":
+            patch.setattr(wal.os, "open", fail)
+        else:
+            patch.setattr(wal, "sync_file", fail)
         with pytest.raises(StorageError):
             outbox.db.wal.sync()
     assert outbox.db.wal.is_unsynced
