@@ -277,7 +277,9 @@ def test_a_delivery_that_is_dropped_after_any_step_of_a_halving_leaves_the_rest_
 # -- the limit of dead letters
 
 
-def test_no_more_than_the_limit_is_buried_and_delivery_waits_until_there_is_space(bench: Bench) -> None:
+def test_no_more_than_the_limit_is_buried_and_delivery_waits_until_there_is_space(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
     bench.configure(max_dead_letters=2)
     put = bench.put(10)
     reports = Reports()
@@ -302,6 +304,8 @@ def test_no_more_than_the_limit_is_buried_and_delivery_waits_until_there_is_spac
     assert bench.dead() == [4, 7]
     assert host.arrived == [1, 3, 5, 6, 8, 9, 10, 2]
     assert len(put) == len(host.arrived) + 2
+    told = [(each.levelname, "dead letters" in each.getMessage()) for each in caplog.records]
+    assert told == [("WARNING", True), ("WARNING", True), ("ERROR", True), ("WARNING", True)]
 
 
 def test_with_no_dead_letters_allowed_nothing_is_buried(bench: Bench) -> None:

@@ -797,7 +797,7 @@ def test_on_error_gets_the_events_and_the_receivers_words(
 # -- what is older than the user wants
 
 
-def test_events_over_max_age_leave_as_expired_and_are_reported(bench: Bench) -> None:
+def test_events_over_max_age_leave_as_expired_and_are_reported(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
     bench.configure(max_age=100)
     old = bench.put(3)
     bench.clock.advance(60)
@@ -810,6 +810,7 @@ def test_events_over_max_age_leave_as_expired_and_are_reported(bench: Bench) -> 
     ((error, told),) = reports.failures
     assert isinstance(error, EventsExpired)
     assert (error.count, told) == (3, old)
+    assert [(each.levelname, each.getMessage()) for each in caplog.records] == [("ERROR", str(error))]
     stats = bench.outbox.stats()
     assert (stats.expired, stats.delivered) == (3, 2)
 
