@@ -17,6 +17,7 @@ from segment_durable.answers import ANSWER_LIMIT
 from segment_durable.clock import utc_timestamp
 from segment_durable.delivery import Reporter
 from segment_durable.errors import DeliveryError, EventsExpired, StorageError
+from segment_durable.records import Lease
 from segment_durable.testing import Answer, Receiver
 from segment_durable.testing.scripted import Post, Reply
 from segment_durable.transport import Response, TransportError
@@ -795,6 +796,42 @@ def test_on_error_gets_the_events_and_the_receivers_words(
 
 
 # -- what is older than the user wants
+
+
+def test_what_was_given_up_at_a_rest_is_not_sent_on(bench: Bench) -> None:
+    bench.configure(upload_size=2)
+    put = bench.put(8)
+    resting = bench.sender()
+    assert resting.step().kind == "delivered"
+    assert resting.delivery.is_under_way
+    resting.delivery.rest()
+    assert not resting.delivery.is_under_way
+    other = bench.sender()
+    assert other.step().kind == "delivered"
+    assert resting.step().kind == "leased"
+    assert other.run().kind == "empty"
+    assert resting.run().kind == "empty"
+    assert resting.sent == [put[:2]]
+    assert [each for batch in other.sent for each in batch] == put[2:]
+
+
+def test_a_lease_is_extended_when_less_than_half_of_it_is_left(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.configure(upload_size=2)
+    put = bench.put(8)
+    sender = bench.sender()
+    extended: list[float] = []
+    began, half, real = bench.clock.boot(), bench.config.lease / 2, bench.outbox.extend
+
+    def extend(lease: Lease, seconds: float) -> Lease | None:
+        extended.append(bench.clock.boot() - began)
+        return real(lease, seconds)
+
+    monkeypatch.setattr(bench.outbox, "extend", extend)
+    for then in (half, 1.0, half / 2, 0.0):
+        assert sender.step().kind == "delivered"
+        bench.clock.advance(then)
+    assert extended == [half + 1.0]
+    assert [each for batch in sender.sent for each in batch] == put
 
 
 def test_events_over_max_age_leave_as_expired_and_are_reported(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
