@@ -664,6 +664,23 @@ def test_an_outbox_that_fails_anywhere_in_a_halving_loses_nothing(
     assert troubles <= 1
 
 
+def test_a_sender_says_why_delivery_is_held_up_and_goes_on(
+    receiver: Receiver,
+    make_client: Callable[..., Client],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    client = make_client()
+    assert client._engine is not None
+    fail_once(monkeypatch, client._engine.outbox, "lease", times=2)
+    client.track("u", "e")
+    assert any(client.flush(20) for _ in range(10))  # one does not wait for what may not end
+    assert [event["event"] for event in receiver.events] == ["e"]
+    told = [each for each in caplog.records if "held up" in each.getMessage()]
+    assert [each.getMessage() for each in told] == ["delivery is held up (1 times): the disk is unwell"]
+    assert [(each.levelname, bool(each.exc_info)) for each in told] == [("ERROR", False)]
+
+
 def test_events_that_an_operator_erases_in_the_middle_of_a_halving_are_not_missed(bench: Bench) -> None:
     put = bench.put(8)
     erased = {1, 2, 3, 4, 6}
