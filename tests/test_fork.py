@@ -47,17 +47,21 @@ def fork_in_c() -> int:
     a child is let go only if no other thread has been, from before the fork until then, and else another one is made.
     """
     library = ctypes.PyDLL(None)  # keeps the interpreter lock in its calls
-    for _ in range(200):
-        go, ready = os.pipe()
+    for _ in range(1_000):
         before = _at_rest()
+        if before is None:
+            time.sleep(0.001)
+            continue
+        go, ready = os.pipe()
         child = library.fork()
         if child == 0:
             library.close(ready)
             if library.read(go, ctypes.create_string_buffer(1), 1) != 1:
                 library._exit(1)
+            library.close(go)
             return 0
         time.sleep(0.03)
-        is_well = before is not None and _at_rest() == before
+        is_well = _at_rest() == before
         if is_well:
             os.write(ready, b"x")
         os.close(ready)

@@ -812,7 +812,7 @@ def test_on_error_gets_the_events_and_the_receivers_words(
     assert client.flush(10.0)
 
 
-# -- what is older than the user wants
+# -- what a lease covers, and for how long
 
 
 def test_what_was_given_up_at_a_rest_is_not_sent_on(bench: Bench) -> None:
@@ -849,6 +849,9 @@ def test_a_lease_is_extended_when_less_than_half_of_it_is_left(bench: Bench, mon
         bench.clock.advance(then)
     assert extended == [half + 1.0]
     assert [each for batch in sender.sent for each in batch] == put
+
+
+# -- what is older than the user wants
 
 
 def test_events_over_max_age_leave_as_expired_and_are_reported(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:

@@ -313,7 +313,7 @@ def put_until_refused(outbox: Outbox) -> int:
             outbox.put(b'"%b"' % (b"x" * 1_000), 1)
         except StorageError:
             return accepted
-    raise AssertionError("a missing reserve stops nothing")
+    raise AssertionError("nothing is refused")
 
 
 def test_the_last_pages_of_the_largest_file_are_for_delivery(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

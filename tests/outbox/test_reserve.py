@@ -135,3 +135,15 @@ def test_nothing_is_left_of_it_if_the_disk_becomes_full_while_it_is_made(
 
     monkeypatch.setattr(os, "write", write)
     assert not is_made(reserve, tmp_path)
+
+
+def test_where_no_file_can_be_made_there_is_none(
+    reserve: Reserve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refuse)
+        made = reserve.make()
+    assert made is reserve.exists() is False
