@@ -11,6 +11,7 @@ from segment_durable.connections import WRITE_TIMEOUT
 from segment_durable.db import Database
 from segment_durable.errors import OutboxBusy, OutboxError, StorageError
 from segment_durable.sqlite_errors import SQLITE_PROBLEMS
+from segment_durable.stack import COMMITTING, UNWINDING, need_room
 
 __all__ = ["Intake"]
 
@@ -121,6 +122,7 @@ class Intake:
         waiting.  Threads that come at the same time are committed in one transaction.
         """
         parameters = (max_pending or _NO_LIMIT, appended_at, body)
+        need_room(UNWINDING)
         is_outermost = self._db.connections.is_outermost()
         try:
             return self._append(parameters)
@@ -142,6 +144,7 @@ class Intake:
                 lock.release()
             db.wal.wrote(len(parameters[2]))
             return accepted
+        need_room(COMMITTING)
         put = _Put(parameters)
         try:
             self._waiting.append(put)

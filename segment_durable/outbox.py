@@ -42,6 +42,7 @@ from segment_durable.leases import AHEAD, between, end_lease, first_free, shrink
 from segment_durable.records import Backoff, DeadLetter, Lease, NotNow, OutboxStats, Row
 from segment_durable.soundness import UNSOUND_BODY, Kinds, all_sound, are_books_sound, malformed, sound
 from segment_durable.sqlite_errors import is_damage
+from segment_durable.stack import UNWINDING, need_room
 from segment_durable.views import TOTALS, read_backoff, read_leases, read_stats
 
 __all__ = ["Outbox", "other_source"]
@@ -77,6 +78,7 @@ def _whole(method: Callable[Concatenate[Outbox, P], R]) -> Callable[Concatenate[
 
     @wraps(method)
     def unwinding(self: Outbox, /, *args: P.args, **named: P.kwargs) -> R:
+        need_room(UNWINDING)
         is_outermost = self.db.connections.is_outermost()
         try:
             return method(self, *args, **named)

@@ -260,3 +260,106 @@ def test_a_signal_handler_in_the_thread_that_commits_for_others_refuses_no_put_o
         check_that_nothing_is_taken(outbox, probe, f"at place {places}")
         outbox.erase()
     assert together > 10
+
+
+# -- a stack that is nearly used up, as by a recursion that tracks in each frame, and catches what ends it
+
+
+def deepest() -> int:
+    """How often a function can call itself from here, until nothing can be called any more."""
+
+    def descend(depth: int) -> int:
+        try:
+            return descend(depth + 1)
+        except RecursionError:
+            return depth
+
+    return descend(0)
+
+
+def with_room(room: int, call: Callable[[], object]) -> bool:
+    """Whether `call` succeeds where so many calls can be nested below it; what else it raises is raised."""
+
+    def descend(depth: int) -> None:
+        if depth > 0:
+            descend(depth - 1)
+        else:
+            call()
+
+    depth = deepest() - room
+    assert depth > 0
+    try:
+        descend(depth)
+    except RecursionError:
+        return False
+    return True
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("full", [False, True], ids=["normal", "full"])
+@pytest.mark.parametrize("name", CALLS)
+@in_its_own_thread
+def test_a_recursion_error_at_any_depth_leaves_nothing_taken(
+    outbox_factory: Callable[..., Outbox], probe: Probe, name: str, full: bool
+) -> None:
+    outbox = outbox_factory(full=full)
+    prepare, call = CALLS[name]
+    for room in range(200):
+        with outbox.db.write() as connection:
+            connection.execute("DELETE FROM lease")
+        outbox.erase()
+        outbox.erase_dead()
+        prepared = prepare(outbox)
+        is_done = with_room(room, lambda: call(outbox, prepared))
+        check_that_nothing_is_taken(outbox, probe, f"{name} with room for {room} calls")
+        if is_done and room > 50:
+            break
+    assert is_done
+    assert outbox.stats().pending == len(bodies(outbox))
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("full", [False, True], ids=["normal", "full"])
+@in_its_own_thread
+def test_a_recursion_error_at_any_depth_beside_other_threads_hangs_and_loses_nothing(
+    outbox_factory: Callable[..., Outbox], probe: Probe, full: bool
+) -> None:
+    outbox = outbox_factory(full=full)
+    waiting = outbox._intake._waiting
+    for room in range(80):
+        entered, over = threading.Event(), threading.Event()
+        answers: list[object] = []
+
+        def put(answers: list[object] = answers) -> None:
+            try:
+                answers.append(outbox.put(b"of a thread", 1))
+            except Exception as problem:
+                answers.append(problem)
+
+        def stay(entered: threading.Event = entered, over: threading.Event = over) -> None:
+            others = [threading.Thread(target=put, daemon=True) for _ in range(3)]
+            with outbox.db.connections.writer():
+                entered.set()
+                while not waiting and not over.is_set():
+                    over.wait(0.001)
+                for count, other in enumerate(others, len(waiting) + 1):
+                    other.start()
+                    while len(waiting) < count:
+                        over.wait(0.001)
+            for other in others:
+                other.join(30)
+
+        stays = threading.Thread(target=stay, daemon=True)
+        stays.start()
+        assert entered.wait(30)
+        is_done = with_room(room, lambda: outbox.put(b"of a deep call", 1))
+        over.set()
+        stays.join(60)
+        where = f"with room for {room} calls"
+        assert answers == [True] * 3, where
+        stored = bodies(outbox)
+        assert stored.count(b"of a thread") == 3, where
+        assert stored.count(b"of a deep call") == is_done, where
+        check_that_nothing_is_taken(outbox, probe, where)
+        outbox.erase()
+    assert is_done
