@@ -18,12 +18,13 @@ from segment_durable.encoding import plain
 from segment_durable.engine import Engine, Member, call
 from segment_durable.errors import ConfigError, OutboxError
 from segment_durable.limiter import Limiter
+from segment_durable.logs import get_log
 from segment_durable.message import compose, encode_message
 from segment_durable.records import OutboxStats
 
 __all__ = ["Client"]
 
-log = logging.getLogger("segment.durable.client")
+log = get_log("client")
 
 Result = tuple[bool, dict[str, Any]]
 Identifier = Any  # a str, a number or a UUID; checked at run time
@@ -308,7 +309,7 @@ class Client:
             return False, message
         if not accepted:
             return False, message
-        if log.isEnabledFor(logging.DEBUG):
+        if log.logger.isEnabledFor(logging.DEBUG):
             log.debug("enqueued %s %s", kind, message["messageId"])
         if config.sync_mode and config.deliver:
             engine.deliver_now()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sqlite3
 from collections import deque
 from collections.abc import Callable
@@ -11,13 +10,14 @@ from pathlib import Path
 from segment_durable.admission import Admission
 from segment_durable.errors import OutboxDamaged, StorageError
 from segment_durable.locks import LockFile
+from segment_durable.logs import get_log
 from segment_durable.quarantine import set_aside, sets_since, told_sets
 from segment_durable.reserve import Reserve
 from segment_durable.sqlite_errors import is_damage, storage_error
 
 __all__ = ["Damage"]
 
-log = logging.getLogger("segment.durable.outbox")
+log = get_log("outbox")
 
 # A disk that damages whatever is written to it must not be filled with what is set aside.
 _MOST_SETS, _SETS_SECONDS = 5, 60.0

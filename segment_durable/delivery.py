@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from segment_durable.batch import MAX_BATCH_BYTES, Batch, pack, room
 from segment_durable.clock import Clock
 from segment_durable.config import Config
 from segment_durable.errors import DeliveryError, EventsExpired, OutboxError
+from segment_durable.logs import get_log
 from segment_durable.outbox import Outbox
 from segment_durable.records import Backoff, Lease, NotNow
 from segment_durable.retry import Action, Decision, RetryPolicy
@@ -20,7 +20,7 @@ from segment_durable.upload import Uploader
 
 __all__ = ["Delivery", "Reporter", "Step"]
 
-log = logging.getLogger("segment.durable.delivery")
+log = get_log("delivery")
 
 _DEAD_LETTERS_FULL_WAIT = 60.0  # seconds
 _EXPIRE_EVERY = 1.0  # seconds

@@ -8,10 +8,8 @@ value means the same on either.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import logging
 import math
 from collections import UserString, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set, ValuesView
@@ -28,10 +26,11 @@ from uuid import UUID
 import orjson
 
 from segment_durable.errors import MessageTooLarge
+from segment_durable.logs import get_log
 
 __all__ = ["encode", "plain"]
 
-log = logging.getLogger("segment.durable.message")
+log = get_log("message")
 
 # Subclasses and dataclasses come to us: a subclass of dict such as Django's QueryDict says by its items() what it
 # holds, which is not what its storage holds.  Times too: orjson rounds an offset that has seconds.  NaN and the
@@ -287,10 +286,7 @@ def _name(value: Any) -> str:
     kind = _text(type.__dict__["__qualname__"].__get__(type(value)))  # whatever a metaclass says
     if kind not in _WARNED and len(_WARNED) < _MAX_WARNED:
         _WARNED.add(kind)
-        with contextlib.suppress(Exception):  # of a log handler of the application's
-            log.warning(
-                "a value of type %s has no JSON form: its name is sent in its place (said once for a type)", kind
-            )
+        log.warning("a value of type %s has no JSON form: its name is sent in its place (said once for a type)", kind)
     try:
         name = value.__qualname__
         return _text(name) if isinstance(name, str) else kind

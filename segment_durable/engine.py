@@ -7,7 +7,6 @@ ever for the import's lock.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import random
 import weakref
@@ -19,6 +18,7 @@ from segment_durable.config import Config
 from segment_durable.delivery import Delivery, Reporter
 from segment_durable.errors import ConfigError, OutboxDamaged, OutboxError, OutboxFull, OutboxUnavailable
 from segment_durable.limiter import Limiter
+from segment_durable.logs import get_log
 from segment_durable.outbox import Outbox, other_source
 from segment_durable.sender import Sender
 from segment_durable.transport import RequestsTransport, Transport
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Engine", "Member", "call"]
 
-log = logging.getLogger("segment.durable")
+log = get_log("")
 
 # What decides where and as whom events are sent: clients that share an outbox must agree on it.
 _MUST_AGREE = (

@@ -6,7 +6,6 @@ Nothing is carried over a fork: a child builds its own engine at its first call,
 from __future__ import annotations
 
 import atexit
-import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -18,12 +17,13 @@ from segment_durable.database_file import Files, hold_inherited_locks
 from segment_durable.engine import Engine, Member
 from segment_durable.errors import OutboxBusy, OutboxError, OutboxUnavailable
 from segment_durable.locks import abandon_inherited
+from segment_durable.logs import get_log
 from segment_durable.threads import PatientLock
 from segment_durable.transport import Transport
 
 __all__ = ["attach", "detach"]
 
-log = logging.getLogger("segment.durable")
+log = get_log("")
 
 _lock = PatientLock()
 _engines: dict[str, Engine] = {}

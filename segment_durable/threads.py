@@ -14,7 +14,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from segment_durable.logs import get_log
+
 __all__ = ["PatientLock", "Wake", "start_thread"]
+
+log = get_log("")
 
 # In C.  `threading.RLock` is the same, but not after gevent's patching: then it is made of Python's steps.
 _RLock: Any = _thread.RLock
@@ -53,9 +57,7 @@ def _would_stand_still() -> bool:
         return bool(uwsgi.masterpid() == os.getpid())
     if not _told:
         _told = True
-        import logging
-
-        logging.getLogger("segment.durable").warning(
+        log.warning(
             "this uWSGI runs no threads: events are kept on disk, and delivered when this process ends or by another "
             "process on the same outbox; set enable-threads = true to have them delivered at once"
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -11,11 +10,12 @@ from segment_durable.clock import SystemClock
 from segment_durable.engine import call
 from segment_durable.errors import OutboxError
 from segment_durable.limiter import Limiter
+from segment_durable.logs import get_log
 from segment_durable.records import OutboxStats
 
 __all__ = ["Unopened"]
 
-log = logging.getLogger("segment.durable.client")
+log = get_log("client")
 
 _TRY_AGAIN = 1.0  # seconds until the next call tries to open the outbox
 

@@ -6,7 +6,6 @@ while nothing is written and nothing is left to be done.
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable
 
@@ -15,12 +14,13 @@ from segment_durable.database_file import PAGE_SIZE
 from segment_durable.db import Database
 from segment_durable.errors import OutboxError
 from segment_durable.limiter import Limiter
+from segment_durable.logs import get_log
 from segment_durable.space import LOOK_SECONDS
 from segment_durable.threads import PatientLock, Wake, start_thread
 
 __all__ = ["Upkeep"]
 
-log = logging.getLogger("segment.durable.upkeep")
+log = get_log("upkeep")
 
 SYNC_SECONDS = 0.25  # from a commit to its sync; with the sync itself well below half a second
 _QUIET_SECONDS = 1.0  # without a write, after which all space is given back
@@ -90,21 +90,25 @@ class Upkeep:
             self._clock.wait(self._due, SYNC_SECONDS)
             self._due.clear()
             self._written.clear()
-            if not self._sync():
-                self._written.set()  # nobody else says so again: what was committed is still not synced
-                self._clock.wait(self._ending, SYNC_SECONDS)
-                continue
-            if not self._look_for_files():
-                self._written.set()  # nobody writes any more who could say so
-                self._clock.wait(self._ending, SYNC_SECONDS)
-                continue
-            if self._ending.is_set():
-                return
-            if self._database.admission.trouble is not None and not self._database.space.recover():
-                self._written.set()  # puts are refused, so none will say so
-                self._clock.wait(self._ending, LOOK_SECONDS)
-                continue
-            self._tidy()
+            try:
+                pause = self._turn()
+            except BaseException as problem:  # a callback's, or a defect of ours: nobody would start the thread again
+                self._complain(problem, exc_info=True)
+                pause = SYNC_SECONDS
+            if pause:
+                self._written.set()  # nobody else says so again
+                self._clock.wait(self._ending, pause)
+
+    def _turn(self) -> float:
+        """Seconds until all of it is to be done again, 0: when something was written."""
+        if not self._sync() or not self._look_for_files():
+            return SYNC_SECONDS
+        if self._ending.is_set():
+            return 0.0
+        if self._database.admission.trouble is not None and not self._database.space.recover():
+            return LOOK_SECONDS  # puts are refused meanwhile
+        self._tidy()
+        return 0.0
 
     def _look_for_files(self) -> bool:
         """Whether they are in their place; if not, somebody is told who may put others there."""
@@ -176,10 +180,10 @@ class Upkeep:
             uncut += more
         return given > 0
 
-    def _complain(self, problem: OutboxError) -> None:
+    def _complain(self, problem: BaseException, *, exc_info: bool = False) -> None:
         times = self._trouble.tick()
         if times:
-            log.error("the outbox's files can't be kept in order (%d times): %s", times, problem)
+            log.error("the outbox's files can't be kept in order (%d times): %s", times, problem, exc_info=exc_info)
 
 
 def _nothing() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable
 
@@ -11,12 +10,13 @@ from segment_durable.config import Config
 from segment_durable.delivery import Delivery, Step
 from segment_durable.errors import OutboxError
 from segment_durable.limiter import Limiter
+from segment_durable.logs import get_log
 from segment_durable.outbox import Outbox
 from segment_durable.threads import Wake, start_thread
 
 __all__ = ["Worker"]
 
-log = logging.getLogger("segment.durable.sender")
+log = get_log("sender")
 
 _LOOK = 0.5  # seconds between looks at the outbox when idle: for the events of other processes, and for lost wake-ups
 _FOREIGN_LOOK = 0.25  # the same while a batch fills: at the leases of other processes
@@ -97,8 +97,11 @@ class Worker:
         try:
             while not self.stopping:
                 self._arm(1)
-                if self._is_under_way() or self._fill():
-                    self._wait_after(self._step())
+                step = self._try_step()
+                if step is not None:
+                    self._through = step.through if self._config.thread == 1 else None
+                    self._note(step)
+                    self._wait_after(step)
         finally:
             if self._delivery is not None:
                 self._delivery.close()
@@ -111,20 +114,20 @@ class Worker:
     def _is_under_way(self) -> bool:
         return self._delivery is not None and self._delivery.is_under_way
 
-    def _step(self) -> Step:
-        hurry, self._hurry = self._hurry, False
+    def _try_step(self) -> Step | None:
+        """One step, or None to look again."""
         try:
+            if not (self._is_under_way() or self._fill()):
+                return None
+            hurry, self._hurry = self._hurry, False
             # Made in this thread, at the first need: it imports what the callers don't need.
             self._delivery = self._delivery or self._make_delivery()
-            step = self._delivery.step(hurry=hurry)
+            return self._delivery.step(hurry=hurry)
         except BaseException as problem:
             # Trouble with the disk, a callback that calls sys.exit(), or a defect of ours: none of them may end
             # delivery for good.  "exhausted", because a flush must not wait for what may not end.
             self._complain(problem, exc_info=not isinstance(problem, OutboxError))
-            step = Step("failed", seconds=_TROUBLE_WAIT, exhausted=True)
-        self._through = step.through if self._config.thread == 1 else None
-        self._note(step)
-        return step
+            return Step("failed", seconds=_TROUBLE_WAIT, exhausted=True)
 
     def _wait_after(self, step: Step) -> None:
         if step.progress or self.stopping:

@@ -142,3 +142,23 @@ def test_os_exit_loses_nothing(receiver: Receiver, tmp_path: Path) -> None:
     with Client("test-key", receiver.url, outbox_dir=tmp_path / "outbox") as client:
         assert client.flush(10) is True
     assert [event["event"] for event in receiver.unique] == [str(i) for i in range(10)]
+
+
+def test_a_log_handler_that_raises_at_exit_keeps_no_other_outbox_from_being_delivered(
+    receiver: Receiver, tmp_path: Path
+) -> None:
+    code = """
+import logging
+class Failing(logging.Handler):
+    def emit(self, record):
+        print(record.getMessage())
+        raise OSError
+logging.raiseExceptions = False
+logging.getLogger("segment").addHandler(Failing())
+for host in ("http://127.0.0.1:9", sys.argv[1]):
+    client = analytics.Client("test-key", host, outbox_dir=sys.argv[2] + host[-4:], upload_interval=600, max_retries=0)
+    client.track("u", "e")
+"""
+    said, _ = run(code, receiver, tmp_path)
+    assert "events that stay on disk, for the next process that delivers: 1" in said
+    assert [event["event"] for event in receiver.unique] == ["e"]

@@ -195,7 +195,8 @@ def test_space_comes_back_after_a_drain(outbox: Outbox, keeper: Upkeep, monkeypa
     body = b'"%b"' % (b"x" * 30_000)
     for _ in range(700):
         outbox.put(body, 1)
-    assert outbox.db.space.size_on_disk() > 15_000_000
+    assert real()  # by whichever comes first: the thread may have been slow, and all of it in the WAL still
+    assert outbox.db.space.database_size() > 15_000_000
     while isinstance(lease := outbox.lease(100, 60), Lease):
         outbox.ack(lease, lease.last)
     count = 0

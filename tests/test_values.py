@@ -734,11 +734,11 @@ def test_a_log_handler_that_fails_is_not_the_callers_trouble(warned: set[str]) -
             raise OSError("disk full")
 
     handler = Broken()
-    encoding.log.addHandler(handler)
+    encoding.log.logger.addHandler(handler)
     try:
         assert same(on_both_paths(Plain), "Plain")
     finally:
-        encoding.log.removeHandler(handler)
+        encoding.log.logger.removeHandler(handler)
     assert "Plain" in warned
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -310,7 +311,7 @@ def test_a_recursion_error_at_any_depth_leaves_nothing_taken(
         outbox.erase()
         outbox.erase_dead()
         prepared = prepare(outbox)
-        is_done = with_room(room, lambda: call(outbox, prepared))
+        is_done = with_room(room, partial(call, outbox, prepared))
         check_that_nothing_is_taken(outbox, probe, f"{name} with room for {room} calls")
         if is_done and room > 50:
             break
