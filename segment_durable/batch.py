@@ -6,12 +6,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from segment_durable.config import MAX_BATCH_EVENTS
 from segment_durable.records import Row
 
 __all__ = ["MAX_BATCH_BYTES", "MAX_BATCH_EVENTS", "Batch", "envelope", "pack", "room"]
 
 MAX_BATCH_BYTES = 500_000  # Segment's limit for a request, before gzip and with the envelope
-MAX_BATCH_EVENTS = 2_500  # over that Segment answers 200 and rejects
 _SENT_AT = "2000-01-01T00:00:00.000+00:00"  # as long as every other
 
 

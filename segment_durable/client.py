@@ -13,7 +13,7 @@ from typing import Any
 
 from segment_durable import process
 from segment_durable.clock import SystemClock
-from segment_durable.config import DEFAULTS, Config
+from segment_durable.config import DEFAULTS, FOREVER, Config
 from segment_durable.encoding import plain
 from segment_durable.engine import Engine, Member, call
 from segment_durable.errors import ConfigError, OutboxError
@@ -189,14 +189,14 @@ class Client:
     def flush(self, timeout: float | None = None) -> bool:
         """Deliver what is pending now; True if all of it has left the outbox.
 
-        `timeout`: seconds to wait for that.  `None` waits until it is done or the retry budget of a batch is used up
-        (`max_retries`, `max_total_backoff_duration`, `max_rate_limit_duration`).  With `deliver=False` the events are
-        another process's to deliver: `None` does not wait for that, a number does.  With `send=False` it is True.
+        `timeout`: seconds to wait for that, 0: only says whether it has.  `None` waits until it is done or the retry
+        budget of a batch is used up (`max_retries`, `max_total_backoff_duration`, `max_rate_limit_duration`).  With
+        `deliver=False` the events are another process's to deliver: `None` does not wait for that, a number does.  With
+        `send=False` it is True.
 
         Where nothing was tracked yet it starts the sender, which delivers what other processes append.
         """
-        _check_timeout(timeout)
-        return self._flush_all(timeout, start=True)
+        return self._flush_all(_checked(timeout), start=True)
 
     def _flush_all(self, timeout: float | None, *, start: bool) -> bool:
         if not self._config.send:
@@ -224,9 +224,9 @@ class Client:
         """Flush, end the sender and close the files; True if all that was pending has left the outbox.
 
         `timeout`: seconds for all of that; what is left then stays on disk and goes out at the next start.  `None`
-        as for `flush`.  May be called again; a later call of another method opens everything again.
+        and 0 as for `flush`.  May be called again; a later call of another method opens everything again.
         """
-        _check_timeout(timeout)
+        timeout = _checked(timeout)
         engine = self._engine
         if engine is None or engine.pid != getpid():
             return True
@@ -310,7 +310,7 @@ class Client:
         if not accepted:
             return False, message
         if log.logger.isEnabledFor(logging.DEBUG):
-            log.debug("enqueued %s %s", kind, message["messageId"])
+            log.debug("enqueued %s %s", kind, message.get("messageId"))
         if config.sync_mode and config.deliver:
             engine.deliver_now()
         elif config.deliver:
@@ -339,15 +339,22 @@ class Client:
         assert self._config.before_send is not None
         message = plain(message)  # which uses up generators, so the copy for the hook is one of this
         try:
-            return self._config.before_send(plain(message))
+            made: Any = self._config.before_send(plain(message))
         except Exception:
             log.exception("before_send raised; the message is taken as it was")
             return message
+        if made is None or isinstance(made, dict):
+            return made
+        log.error("before_send must return a dict or None, not %s; the message is taken as it was", type(made).__name__)
+        return message
 
 
-def _check_timeout(timeout: object) -> None:
-    if timeout is not None and (not isinstance(timeout, (int, float)) or timeout != timeout):
+def _checked(timeout: float | None) -> float | None:
+    if timeout is None:
+        return None
+    if not isinstance(timeout, (int, float)) or timeout != timeout:
         raise ConfigError("timeout", f"must be a number of seconds or None, not {type(timeout).__name__}")
+    return float(max(0, min(timeout, FOREVER)))  # before that an int may be of any length
 
 
 def _nothing() -> None:

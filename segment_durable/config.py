@@ -14,10 +14,11 @@ from urllib.parse import urlsplit
 
 from segment_durable.errors import ConfigError, OutboxUnavailable
 
-__all__ = ["DEFAULTS", "DEFAULT_HOST", "Config", "default_outbox_dir"]
+__all__ = ["DEFAULTS", "DEFAULT_HOST", "FOREVER", "MAX_BATCH_EVENTS", "Config", "default_outbox_dir"]
 
 DEFAULT_HOST = "https://api.segment.io"
-_FOREVER = 1e9  # seconds, 31 years: what infinity and other absurd times are cut to; the system's clocks take no more
+FOREVER = 1e9  # seconds, 31 years: what infinity and other absurd times are cut to; the system's clocks take no more
+MAX_BATCH_EVENTS = 2_500  # over that Segment answers 200 and rejects
 ENVIRONMENT_DIR = "SEGMENT_DURABLE_DIR"
 
 Message = dict[str, Any]
@@ -70,6 +71,7 @@ class Config:
         for name, least in (("max_queue_size", 0), ("max_retries", 0), ("thread", 1), ("upload_size", 1)):
             _whole(name, getattr(self, name), least)
         _whole("max_dead_letters", self.max_dead_letters, 0)
+        object.__setattr__(self, "upload_size", min(self.upload_size, MAX_BATCH_EVENTS))
         for name in ("upload_interval", "max_total_backoff_duration", "max_rate_limit_duration", "shutdown_timeout"):
             object.__setattr__(self, name, _seconds(name, getattr(self, name), zero=True))
         for name in ("timeout", "lease_seconds", *(["max_age"] if self.max_age is not None else [])):
@@ -263,7 +265,7 @@ def _whole(name: str, value: object, least: int) -> None:
 
 def _seconds(name: str, value: object, *, zero: bool) -> float:
     if isinstance(value, (int, float)) and not isinstance(value, bool) and (value > 0 or (zero and value == 0)):
-        return min(value, _FOREVER)
+        return min(value, FOREVER)
     # "non-negative number" is how upstream words it for the two durations.
     rule = "must be a non-negative number of seconds" if zero else "must be a number of seconds above 0"
     found = f"{value:g}" if type(value) is float else _kind(value)

@@ -178,8 +178,8 @@ def _at_exit() -> None:
         return
     engines = list(_engines.values())
     ends = [engine.clock.boot() + engine.config.shutdown_timeout for engine in engines]  # all at the same time
-    for engine in engines:
-        if engine.delivers:
+    for engine, end in zip(engines, ends):
+        if engine.delivers and end > engine.clock.boot():
             engine.sender.hurry()
     for engine, end in zip(engines, ends):
         remaining = max(0.0, end - engine.clock.boot())

@@ -83,7 +83,8 @@ class Sender:
     def flush(self, timeout: float | None = None) -> bool:
         """Deliver all that is pending now; whether all of it has left the outbox.
 
-        `timeout`: seconds; `None` waits for as long as it takes, and ends when the retry budget is used up.
+        `timeout`: seconds, 0: only looks; `None` waits for as long as it takes, and ends when the retry budget is used
+        up.
         Raises `OutboxError` if the outbox can't be read.  In a signal handler that has interrupted a call on this
         outbox it is False: whoever delivers may wait for that call.
         """
@@ -95,6 +96,8 @@ class Sender:
         left, missing = self._left, self._missing(target, end)
         if not missing:
             return True
+        if end is not None and end <= self._clock.boot():
+            return False  # and nothing is sent that nobody waits for: it might have to be sent again
         if any(worker.is_current() for worker in self._workers):
             return False  # a callback: its thread is the one that would have to deliver
         if not self.start():

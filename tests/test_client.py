@@ -244,6 +244,31 @@ def test_before_send_that_raises_leaves_the_message_as_it_was(make_client: MakeC
     assert receiver.events[0]["properties"] == {"a": 1}
 
 
+@pytest.mark.parametrize("debug", [False, True])
+@pytest.mark.parametrize("made", [True, False, 5, [], "text", object()], ids=lambda made: type(made).__name__)
+def test_before_send_that_returns_no_message_leaves_it_as_it_was(
+    make_client: MakeClient, receiver: Receiver, caplog: pytest.LogCaptureFixture, made: Any, debug: bool
+) -> None:
+    client = make_client(before_send=lambda message: made, debug=debug)
+    assert client.track("u", "e", {"a": 1})[0] is True
+    assert client.flush(10) is True
+    assert receiver.events[0]["properties"] == {"a": 1}
+    assert f"before_send must return a dict or None, not {type(made).__name__}" in caplog.text
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_before_send_may_take_anything_out_of_the_message(make_client: MakeClient, debug: bool) -> None:
+    client = make_client(before_send=lambda message: {}, deliver=False, debug=debug)
+    assert client.track("u", "e") == (True, {})
+
+
+def test_upload_size_may_be_anything_above_0(make_client: MakeClient, receiver: Receiver) -> None:
+    client = make_client(upload_size=2**62 - 1)
+    client.track("u", "e")
+    assert client.flush(10) is True
+    assert names(receiver) == ["e"]
+
+
 # -- flush, join, shutdown
 
 MODES: list[dict[str, Any]] = [{}, {"send": False}, {"deliver": False}, {"sync_mode": True}, {"thread": 3}]
@@ -273,6 +298,44 @@ def test_a_timeout_that_is_no_number_is_named(make_client: MakeClient, timeout: 
     for method in (client.flush, client.shutdown):
         with pytest.raises(ConfigError, match="timeout must be a number of seconds or None"):
             method(timeout)
+
+
+@pytest.mark.parametrize("timeout", [float("inf"), 1e10, 1e308, 10**30, 10**400], ids=lambda timeout: str(timeout)[:6])
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_a_timeout_beyond_what_clocks_take_is_a_long_one(
+    make_client: MakeClient, receiver: Receiver, mode: dict[str, Any], timeout: Any
+) -> None:
+    client = make_client(**mode)
+    client.track("u", "e")
+    if mode.get("deliver") is False:
+        make_client().flush(10)
+    assert client.flush(timeout) is True
+    client.track("u", "e")
+    if mode.get("deliver") is False:
+        make_client().flush(10)
+    assert client.shutdown(timeout) is True
+
+
+@pytest.mark.parametrize("timeout", [-1, -0.5, float("-inf"), -(10**400)], ids=lambda timeout: str(timeout)[:6])
+def test_a_timeout_below_0_is_0(make_client: MakeClient, timeout: Any) -> None:
+    client = make_client(upload_interval=3600)
+    assert client.flush(timeout) is True
+    client.track("u", "e")
+    assert client.flush(timeout) is False
+    assert client.shutdown(timeout) is False
+
+
+def test_a_flush_that_waits_for_nothing_makes_nobody_send(
+    make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is being sent when a process ends has to be sent again."""
+    hurried: list[int] = []
+    monkeypatch.setattr(worker.Worker, "hurry_to", lambda self, target: hurried.append(target))
+    client = make_client(upload_interval=3600)
+    client.track("u", "e")
+    assert client.flush(0) is False
+    assert client.shutdown(0) is False
+    assert hurried == []
 
 
 def test_a_client_is_a_context_manager_that_flushes(make_client: MakeClient, receiver: Receiver) -> None:

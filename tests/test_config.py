@@ -217,7 +217,8 @@ def test_a_path_of_bytes_is_refused() -> None:
         ("max_queue_size", 0, 0),
         ("max_retries", 0, 0),
         ("thread", 64, 64),
-        ("upload_size", 5000, 5000),
+        ("upload_size", 2500, 2500),
+        ("upload_size", 2**61, 2500),  # more is never sent at once
         ("upload_interval", 0, 0),
         ("shutdown_timeout", 0.0, 0.0),
         ("timeout", 0.001, 0.001),
