@@ -20,29 +20,34 @@ that the lease was lost to another sender, and nothing is changed.
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import os
-import re
 import secrets
 import sqlite3
 from collections.abc import Callable, Sequence
-from functools import wraps
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any
 
 from segment_durable.backoff import current_backoff, end_backoff, store_backoff
+from segment_durable.books import count
 from segment_durable.clock import Clock
 from segment_durable.connections import WRITE_TIMEOUT
 from segment_durable.database_file import unavailable
 from segment_durable.db import Database
+from segment_durable.dead_letters import (
+    bury_event,
+    dead_ids,
+    erase_letters,
+    how_many_dead,
+    read_letters,
+    requeue_letters,
+)
 from segment_durable.errors import OutboxError, SourceMismatch, StorageError
+from segment_durable.guards import after_damage, whole, with_reserve
 from segment_durable.intake import Intake
 from segment_durable.leases import AHEAD, between, end_lease, first_free, shrink, take_over
 from segment_durable.records import Backoff, DeadLetter, Lease, NotNow, OutboxStats, Row
-from segment_durable.soundness import UNSOUND_BODY, Kinds, all_sound, are_books_sound, malformed, sound
-from segment_durable.sqlite_errors import is_damage
-from segment_durable.stack import UNWINDING, need_room
+from segment_durable.soundness import UNSOUND_BODY, all_sound, are_books_sound, malformed, sound
+from segment_durable.source import claim
 from segment_durable.views import TOTALS, read_backoff, read_leases, read_stats
 
 __all__ = ["Outbox", "other_source"]
@@ -59,67 +64,6 @@ SELECT count(*), (SELECT min(id) FROM event WHERE id >= ?), max(id), CAST(group_
 FROM (SELECT id, body FROM event WHERE id BETWEEN ? AND ? AND body >= x'' ORDER BY id LIMIT ?)
 """
 _UNSOUND = f"SELECT 1 FROM event WHERE id BETWEEN ? AND ? AND {UNSOUND_BODY} LIMIT 1"
-
-_DEAD_LETTER_KINDS: Kinds = (int, int, int, int, str, str, bytes)
-# Of a text SQLite would count on from 0.
-_COUNT = """
-UPDATE state SET {} WHERE typeof(last_id) = 'integer' AND typeof(delivered) = 'integer' AND typeof(buried) = 'integer'
-AND typeof(erased) = 'integer' AND typeof(expired) = 'integer' AND typeof(requeued) = 'integer'
-AND typeof(dead_erased) = 'integer'
-"""
-_SALT, _DIGEST = re.compile("[0-9a-f]{32}"), re.compile("[0-9a-f]{64}")
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def _whole(method: Callable[Concatenate[Outbox, P], R]) -> Callable[Concatenate[Outbox, P], R]:
-    """What an exception ends, of whatever origin, leaves nothing taken: see `Connections.unwind`."""
-
-    @wraps(method)
-    def unwinding(self: Outbox, /, *args: P.args, **named: P.kwargs) -> R:
-        need_room(UNWINDING)
-        is_outermost = self.db.connections.is_outermost()
-        try:
-            return method(self, *args, **named)
-        except BaseException:
-            if is_outermost:
-                self.db.connections.unwind()
-            raise
-
-    return unwinding
-
-
-def _with_reserve(method: Callable[Concatenate[Outbox, P], R]) -> Callable[Concatenate[Outbox, P], R]:
-    """On a full disk: free the reserve, and do it once more.  Nothing was changed by what failed."""
-
-    @_whole
-    @wraps(method)
-    def trying(self: Outbox, /, *args: P.args, **named: P.kwargs) -> R:
-        try:
-            return method(self, *args, **named)
-        except StorageError as problem:
-            if not self.db.space.make_room(problem):
-                raise
-        return method(self, *args, **named)
-
-    return trying
-
-
-def _after_damage(method: Callable[Concatenate[Outbox, P], R]) -> Callable[Concatenate[Outbox, P], R]:
-    """Read once more if the database was damaged: another has taken its place."""
-
-    @_whole
-    @wraps(method)
-    def trying(self: Outbox, /, *args: P.args, **named: P.kwargs) -> R:
-        try:
-            return method(self, *args, **named)
-        except StorageError as problem:
-            if not is_damage(problem):
-                raise
-        return method(self, *args, **named)
-
-    return trying
 
 
 class Outbox:
@@ -144,7 +88,7 @@ class Outbox:
                     raise unavailable(folder, problem) from problem
                 raise
 
-    @_whole
+    @whole
     def close(self, timeout: float = WRITE_TIMEOUT) -> None:
         """Close the files, waiting for other threads and processes `timeout` seconds at most.
 
@@ -164,7 +108,7 @@ class Outbox:
 
     # -- out
 
-    @_with_reserve
+    @with_reserve
     def lease(
         self,
         limit: int,
@@ -235,7 +179,7 @@ class Outbox:
             self.db.lock.held.add(lease.token)  # before anybody else can see the lease
         return lease
 
-    @_after_damage
+    @after_damage
     def rows(self, first: int, last: int, max_bytes: int = _NO_LIMIT) -> list[Row]:
         """The events with these ids, in order; some may have left.
 
@@ -254,7 +198,7 @@ class Outbox:
                     break
         return found
 
-    @_after_damage
+    @after_damage
     def joined(self, first: int, last: int, limit: int) -> tuple[int, int, int, bytes]:
         """The first `limit` events with these ids: how many, the first and the last id, the bodies joined by commas.
 
@@ -269,7 +213,7 @@ class Outbox:
                     raise malformed()
         return (count, low, high, events) if count else (0, 0, 0, b"")
 
-    @_with_reserve
+    @with_reserve
     def extend(self, lease: Lease, seconds: float) -> Lease | None:
         """The lease with its deadline `seconds` from now, or None if it was lost."""
         deadline = self._clock.boot() + seconds
@@ -282,7 +226,7 @@ class Outbox:
             return None
         return Lease(lease.token, lease.first, lease.last, lease.attempt, deadline)
 
-    @_with_reserve
+    @with_reserve
     def ack(self, lease: Lease, through: int) -> int | None:
         """Delivered, up to and with the event `through`: delete those, keep the rest leased.
 
@@ -298,14 +242,14 @@ class Outbox:
                 first, last = found
                 shrink(connection, lease, through, last)
             deleted = connection.execute("DELETE FROM event WHERE id BETWEEN ? AND ?", (first, through)).rowcount
-            _count(connection, "delivered = delivered + ?, last_id = max(last_id, ?)", (deleted, through))
+            count(connection, "delivered = delivered + ?, last_id = max(last_id, ?)", (deleted, through))
             end_backoff(connection, self._clock)
         if through >= last:
             self.db.lock.held.discard(lease.token)
         self._none_through = through
         return deleted
 
-    @_with_reserve
+    @with_reserve
     def bury(self, lease: Lease, event_id: int, *, status: int, code: str, answer: str, max_dead: int) -> bool | None:
         """Refused by itself: move the event, the first of the lease, to the dead letters.
 
@@ -315,25 +259,16 @@ class Outbox:
             found = self._fence(connection, lease, event_id)
             if found is None:
                 return None
-            found_dead = connection.execute("SELECT buried - requeued - dead_erased FROM state").fetchone()
-            if sound(found_dead, (int,))[0] >= max_dead:
+            if how_many_dead(connection) >= max_dead:
                 return False
-            moved = connection.execute(
-                "INSERT INTO dead (id, appended_at, buried_at, status, code, answer, body) "
-                "SELECT id, appended_at, ?, ?, ?, ?, body FROM event "
-                "WHERE id = ? AND typeof(appended_at) = 'integer' AND typeof(body) = 'blob'",
-                (int(self._clock.time() * 1000), status, code, answer, event_id),
-            ).rowcount
-            if connection.execute("DELETE FROM event WHERE id = ?", (event_id,)).rowcount != moved:
-                raise malformed()
-            _count(connection, "buried = buried + ?, last_id = max(last_id, ?)", (moved, event_id))
+            bury_event(connection, event_id, int(self._clock.time() * 1000), status, code, answer)
             end_backoff(connection, self._clock)
             shrink(connection, lease, event_id, found[1])
         if event_id >= found[1]:
             self.db.lock.held.discard(lease.token)
         return True
 
-    @_with_reserve
+    @with_reserve
     def release(self, lease: Lease, backoff: Backoff | None = None) -> bool:
         """Not delivered: the rest of the lease is pending again, and `backoff`, if given, binds all senders.
 
@@ -350,7 +285,7 @@ class Outbox:
         """Give a lease up without touching the disk, for when that fails: the next `lease()` finds it dead."""
         self.db.lock.held.discard(token)
 
-    @_with_reserve
+    @with_reserve
     def expire(self, older_than: float, limit: int = 1000) -> list[bytes]:
         """Remove the first events, up to `limit`, that were appended before `older_than` (seconds since 1970).
 
@@ -372,10 +307,10 @@ class Outbox:
                 expired.append(Row(event_id, body))
             if expired:
                 connection.execute("DELETE FROM event WHERE id <= ?", (expired[-1].id,))
-                _count(connection, "expired = expired + ?, last_id = max(last_id, ?)", (len(expired), expired[-1].id))
+                count(connection, "expired = expired + ?, last_id = max(last_id, ?)", (len(expired), expired[-1].id))
         return [row.body for row in expired]
 
-    @_whole
+    @whole
     def erase(self, ids: Sequence[int] | None = None) -> int:
         """Remove pending events, all that are there now or those with these ids, for good; how many.
 
@@ -414,27 +349,18 @@ class Outbox:
 
     # -- dead letters
 
-    @_after_damage
+    @after_damage
     def dead_letters(self, limit: int = -1) -> list[DeadLetter]:
         """The dead letters, oldest first; at most `limit`, -1 means all."""
         with self.db.read() as connection:
-            return [
-                DeadLetter(row[0], row[1] / 1000, row[2] / 1000, *row[3:])
-                for row in all_sound(
-                    connection.execute(
-                        "SELECT id, appended_at, buried_at, status, code, answer, body FROM dead ORDER BY id LIMIT ?",
-                        (limit,),
-                    ),
-                    _DEAD_LETTER_KINDS,
-                )
-            ]
+            return read_letters(connection, limit)
 
-    @_whole
+    @whole
     def requeue(self, ids: Sequence[int] | None = None) -> int:
         """Give dead letters, all or those with these ids, another chance, behind what is pending; how many."""
         return self._in_portions(self._requeue, ids)
 
-    @_whole
+    @whole
     def erase_dead(self, ids: Sequence[int] | None = None) -> int:
         """Remove dead letters, all that are there now or those with these ids, for good; how many."""
         return self._in_portions(self._erase_dead, ids)
@@ -446,7 +372,7 @@ class Outbox:
         last: int = self._totals(timeout)[0]
         return last
 
-    @_whole
+    @whole
     def first_id(self, timeout: float = WRITE_TIMEOUT) -> int | None:
         """The lowest id among the events that have not left, or None.
 
@@ -472,12 +398,12 @@ class Outbox:
         last, _, delivered, buried, erased, expired, _, _, leases = self._totals()
         return last - delivered - buried - erased - expired, leases, leases - own
 
-    @_after_damage
+    @after_damage
     def backoff(self) -> Backoff:
         with self.db.read() as connection:
             return read_backoff(connection, self._clock)
 
-    @_after_damage
+    @after_damage
     def stats(self) -> OutboxStats:
         with self.db.read() as connection:
             if not are_books_sound(connection.execute(TOTALS).fetchone()):
@@ -494,7 +420,7 @@ class Outbox:
             return False
         return (not max_pending or pending < max_pending) and self._intake.put(body, appended_at, max_pending)
 
-    @_after_damage
+    @after_damage
     def _totals(self, timeout: float = WRITE_TIMEOUT) -> Any:
         """The row of `TOTALS`."""
         totals = self.db.read_one(TOTALS, timeout=timeout)
@@ -505,7 +431,7 @@ class Outbox:
                     raise malformed()
         return totals
 
-    @_with_reserve
+    @with_reserve
     def _erase(self, spans: Sequence[tuple[int, int]]) -> int:
         erased = highest = 0
         with self.db.write() as connection:
@@ -517,61 +443,33 @@ class Outbox:
                     ).fetchone()
                     highest = max(highest, top or 0)
                     erased += connection.execute("DELETE FROM event WHERE id BETWEEN ? AND ?", (low, high)).rowcount
-            _count(connection, "erased = erased + ?, last_id = max(last_id, ?)", (erased, highest))
+            count(connection, "erased = erased + ?, last_id = max(last_id, ?)", (erased, highest))
         return erased
 
     def _in_portions(self, change: Callable[[Sequence[int]], int], ids: Sequence[int] | None) -> int:
         """Do it to those dead letters, all if `None`; other writers are let in between, and the WAL is kept short."""
         if ids is None:
             with self.db.read() as connection:
-                ids = [row[0] for row in connection.execute("SELECT id FROM dead ORDER BY id")]
+                ids = dead_ids(connection)
         return sum(change(ids[start : start + _DEAD_AT_ONCE]) for start in range(0, len(ids), _DEAD_AT_ONCE))
 
-    @_with_reserve
+    @with_reserve
     def _requeue(self, ids: Sequence[int]) -> int:
         with self.db.write() as connection:
-            moved = size = 0
-            for each in ids:
-                (length,) = connection.execute(
-                    "SELECT ifnull(sum(length(body)), 0) FROM dead WHERE id = ?", (each,)
-                ).fetchone()
-                size += length
-                found = connection.execute(
-                    "INSERT INTO event (id, appended_at, body) "
-                    "SELECT (SELECT max(last_id, ifnull((SELECT max(id) FROM event), 0)) FROM state) + 1, "
-                    "appended_at, body FROM dead "
-                    "WHERE id = ? AND typeof(appended_at) = 'integer' AND typeof(body) = 'blob'",
-                    (each,),
-                ).rowcount
-                if connection.execute("DELETE FROM dead WHERE id = ?", (each,)).rowcount != found:
-                    raise malformed()
-                moved += found
-            _count(connection, "requeued = requeued + ?", (moved,))
+            moved, size = requeue_letters(connection, ids)
         self.db.wal.wrote(size)
         return moved
 
-    @_with_reserve
+    @with_reserve
     def _erase_dead(self, ids: Sequence[int]) -> int:
         with self.db.write() as connection:
-            erased = sum(connection.execute("DELETE FROM dead WHERE id = ?", (each,)).rowcount for each in ids)
-            _count(connection, "dead_erased = dead_erased + ?", (erased,))
-        return erased
+            return erase_letters(connection, ids)
 
-    @_after_damage
+    @after_damage
     def _claim(self, write_key: str) -> None:
-        """Mark a new outbox as this source's; raise `SourceMismatch` if it is another's."""
         with self.db.write() as connection:
-            facts = dict(all_sound(connection.execute("SELECT name, value FROM meta"), (str, str)))
-            if not {"source_salt", "source_digest"} <= facts.keys():
-                salt = secrets.token_hex(16)
-                connection.executemany(
-                    "INSERT OR REPLACE INTO meta VALUES (?, ?)",
-                    [("source_salt", salt), ("source_digest", _digest(salt, write_key))],
-                )
-                return
-            if not (_SALT.fullmatch(facts["source_salt"]) and _DIGEST.fullmatch(facts["source_digest"])):
-                raise malformed()
-        if not hmac.compare_digest(facts["source_digest"], _digest(facts["source_salt"], write_key)):
+            is_ours = claim(connection, write_key)
+        if not is_ours:
             raise other_source(self.db.folder)
 
     def _sort_leases(self, connection: sqlite3.Connection, now: float) -> tuple[list[Any], list[Any]]:
@@ -602,15 +500,5 @@ class Outbox:
         return first, last
 
 
-def _count(connection: sqlite3.Connection, change: str, parameters: tuple[int, ...]) -> None:
-    """Set counters of the table `state`; raises what SQLite does of a damaged database if one is no number."""
-    if connection.execute(_COUNT.format(change), parameters).rowcount != 1:
-        raise malformed()
-
-
 def other_source(folder: Path) -> SourceMismatch:
     return SourceMismatch(folder, "this outbox belongs to another write_key: give each source an outbox_dir of its own")
-
-
-def _digest(salt: str, write_key: str) -> str:
-    return hashlib.sha256(f"{salt}:{write_key}".encode()).hexdigest()

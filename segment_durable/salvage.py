@@ -19,6 +19,7 @@ from segment_durable.database_file import PAGE_SIZE, create, sync_file
 from segment_durable.identity import APPLICATION_ID
 from segment_durable.pages import Broken, Pages
 from segment_durable.records import Salvaged
+from segment_durable.source import SOURCE_FACTS
 from segment_durable.trees import Trees
 
 __all__ = ["DAMAGE_FACT", "salvage"]
@@ -29,7 +30,6 @@ DAMAGE_FACT = "damaged:"  # in `meta`, before the name of a set that was put asi
 _ROOTS = {"event": 3, "dead": 4, "state": 6, "meta": 8}
 _SHAPES: dict[str, tuple[type, ...]] = {"event": (int, bytes), "dead": (int, int, int, str, str, bytes)}
 _TIMES = {"event": 1, "dead": 2}  # how many columns of these are times
-_SOURCE = {"source_salt": re.compile("[0-9a-f]{32}"), "source_digest": re.compile("[0-9a-f]{64}")}
 _OUTBOX_ID = re.compile("[0-9a-f]{32}")
 _IN_EACH_MESSAGE = ("type", "messageId")
 _MARGIN = 1_000_000  # ids that are skipped where it is not known which ones were given
@@ -93,8 +93,8 @@ class _Source:
         """Whose outbox this is, if that can be believed, and what was put aside before."""
         facts = self.facts()
         kept = {name: value for name, value in facts.items() if name.startswith(DAMAGE_FACT)}
-        if all(pattern.fullmatch(facts.get(name, "")) for name, pattern in _SOURCE.items()):
-            kept.update((name, facts[name]) for name in _SOURCE)
+        if all(pattern.fullmatch(facts.get(name, "")) for name, pattern in SOURCE_FACTS.items()):
+            kept.update((name, facts[name]) for name in SOURCE_FACTS)
         return kept
 
     def outbox_id(self) -> str | None:

@@ -71,10 +71,13 @@ class Sender:
             self._workers = [worker for worker in self._workers if worker.is_alive() and not worker.stopping]
             while len(self._workers) < self._config.thread:
                 worker = Worker(self.note, self._outbox, self._config, self._clock, self._make_delivery)
-                self._workers = [*self._workers, worker]  # first: what a signal handler raises must not hide it
-                if not worker.start():
-                    self._workers = self._workers[:-1]
-                    break
+                try:
+                    if not worker.start():
+                        break
+                    self._workers = [*self._workers, worker]
+                except BaseException:
+                    worker.end()  # a signal handler's: whether it has a thread or not, nobody knows of it
+                    raise
             is_running = bool(self._workers)
         if self._closed:  # meanwhile, by a signal handler
             self.stop(0.0, _nothing)

@@ -7,9 +7,7 @@ import io
 import os
 import queue
 import socket
-import sys
 import time
-import traceback
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,35 +16,16 @@ from typing import Any, NamedTuple, Protocol
 import requests
 from requests.adapters import HTTPAdapter
 from requests.utils import get_environ_proxies
-from urllib3.exceptions import (
-    ConnectTimeoutError,
-    HTTPError,
-    MaxRetryError,
-    NewConnectionError,
-    ProtocolError,
-    ProxyError,
-    ReadTimeoutError,
-    SSLError,
-)
+from urllib3.exceptions import ProtocolError
 from urllib3.util import Retry
+
+from segment_durable.transport_errors import PROBLEMS, TransportError, let_go, transport_error
 
 __all__ = ["RequestsTransport", "Response", "Transport", "TransportError"]
 
 MAX_ANSWER_BYTES = 64 << 10  # what of an answer is read; the rest is of no interest
 _LONGEST_TIMEOUT = 1_000_000.0  # seconds; a socket takes 2**31 milliseconds at the most
 _NO_RETRIES = Retry(0, read=False)  # as requests has it: retries are the outbox's
-# All that the libraries raise, which for an odd proxy URL may be a TypeError: but not what a signal handler raises, for
-# a time limit say, while the answer is waited for.
-_PROBLEMS = (
-    OSError,
-    HTTPError,
-    http.client.HTTPException,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    RuntimeError,
-)
 _ANY_HEADER = 32 + 15  # zlib's wbits for "zlib or gzip, whichever it is"
 
 
@@ -57,14 +36,6 @@ class Response:
     status: int
     headers: Mapping[str, str]
     body: bytes
-
-
-class TransportError(Exception):
-    """There was no whole answer.  `kind` is "timeout", "dns", "certificate", "tls", "proxy" or "connection"."""
-
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(message)
-        self.kind = kind
 
 
 class Transport(Protocol):
@@ -117,11 +88,11 @@ class RequestsTransport:
             raise
         except BaseException as problem:
             self.close()  # what a signal handler's exception has left is not gone on with
-            if not isinstance(problem, _PROBLEMS):
+            if not isinstance(problem, PROBLEMS):
                 raise
             # Without its cause, whose text may hold a proxy's password.
-            error = _transport_error(problem)
-            _let_go(problem)
+            error = transport_error(problem)
+            let_go(problem)
             raise error from None
         return Response(response.status, response.headers, answer)
 
@@ -306,60 +277,3 @@ def _ends_in_its_head(response: Any) -> bool:
         return False
     head = getattr(getattr(response, "_original_response", None), "msg", None)
     return not response.headers or bool(getattr(head, "defects", ()))
-
-
-def _transport_error(problem: Exception) -> TransportError:
-    text = repr(problem)
-    if isinstance(problem, MaxRetryError) and problem.reason is not None:
-        problem = problem.reason
-    if isinstance(problem, (requests.exceptions.SSLError, SSLError)):
-        if "CERTIFICATE_VERIFY_FAILED" in text or "CertificateError" in text or "doesn't match" in text:
-            return TransportError("certificate", f"the host's certificate was not accepted: {_words(problem)}")
-        return TransportError("tls", f"TLS failed: {_words(problem)}")
-    if isinstance(problem, (ProxyError, requests.exceptions.ProxyError, requests.exceptions.InvalidProxyURL)):
-        return TransportError("proxy", "the proxy can't be reached or refused")
-    if isinstance(problem, requests.exceptions.InvalidSchema) and "SOCKS" in text:
-        return TransportError("proxy", "a SOCKS proxy needs the package PySocks: pip install requests[socks]")
-    if isinstance(problem, RecursionError) and "gevent" in sys.modules:
-        return TransportError(
-            "tls",
-            "gevent patched ssl after it was imported: call gevent.monkey.patch_all() before anything is imported",
-        )
-    refused = isinstance(problem, NewConnectionError)  # which urllib3 derives from its time-out
-    if isinstance(problem, (ConnectTimeoutError, ReadTimeoutError, TimeoutError)) and not refused:
-        step = "connecting" if isinstance(problem, ConnectTimeoutError) else "waiting for the answer"
-        return TransportError("timeout", f"timed out while {step}")
-    if "NameResolutionError" in text or "gaierror" in text:
-        return TransportError("dns", "the host's name can't be resolved")
-    if type(problem) is OSError and "CA certificate bundle" in text:
-        return TransportError("certificate", "REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE names a file that does not exist")
-    return TransportError("connection", _words(problem))
-
-
-def _let_go(problem: BaseException | None) -> None:
-    """Let go of what is in the frames of its traceback and of its causes'.
-
-    Before Python 3.12 http.client leaves the answer of a proxy that makes no tunnel there, with its open socket.
-    """
-    while problem is not None:
-        traceback.clear_frames(problem.__traceback__)
-        problem = problem.__context__
-
-
-def _words(problem: BaseException) -> str:
-    """The innermost cause in a few words; the outer ones repeat URLs, which may hold a proxy's password."""
-    seen = {id(problem)}
-    inner: BaseException | None = problem
-    while inner is not None:
-        problem = inner
-        inner = next(
-            (
-                each
-                for each in (*problem.args, getattr(problem, "reason", None), problem.__cause__, problem.__context__)
-                if isinstance(each, BaseException) and id(each) not in seen
-            ),
-            None,
-        )
-        seen.add(id(inner))
-    detail = getattr(problem, "verify_message", "") or getattr(problem, "strerror", "") or ""
-    return f"{type(problem).__name__}{': ' if detail else ''}{detail}"

@@ -54,8 +54,8 @@ class Upkeep:
         """Something was committed: see `Wal.wrote`."""
         if not self._written.is_set():
             self._written.set()
-            if self._thread is None:
-                self._start()
+        if self._thread is None:
+            self._start()
         if self._wal.needs_checkpoint and not self._due.is_set():
             self._due.set()
 

@@ -66,9 +66,13 @@ class Wal:
         unseen = self._unseen_bytes = self._unseen_bytes + size + _COMMIT_BYTES
         if self._dirty and unseen < self._look_after:
             return
-        self._dirty = True
-        self._look()
-        self._on_written()
+        try:
+            self._dirty = True
+            self._look()
+            self._on_written()
+        except BaseException:  # a signal handler's: nobody may have been told, and the next commit is to do it
+            self._look_soon()
+            raise
         self._damage.tell()
 
     @property

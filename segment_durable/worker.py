@@ -87,10 +87,13 @@ class Worker:
             ended = self._ended
             if not ended:
                 self._on_end.append(then)
-        self.stopping = True
-        self.event.set()
+        self.end()
         if ended:
             then()
+
+    def end(self) -> None:
+        self.stopping = True
+        self.event.set()
 
     def _run(self) -> None:
         self._thread = threading.current_thread()

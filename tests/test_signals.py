@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 from outbox.common import Interruption, in_its_own_thread
 
-from segment_durable import Client, engine, process
+from segment_durable import Client, engine, process, worker
 from segment_durable.outbox import Outbox
-from segment_durable.testing import FakeClock
+from segment_durable.testing import FakeClock, Receiver
 from segment_durable.testing.scripted import ScriptedTransport
 
 
@@ -89,6 +89,10 @@ def test_a_signal_handler_at_any_place_of_a_call_ends_and_costs_no_event(
         assert done or call == "track with a full outbox", where
         if done:
             accepted.append(message["messageId"])
+            using = client._engine
+            assert using is not None
+            assert using.upkeep._thread is not None, f"nobody syncs: {where}"
+            assert using.sender.is_running or not client._delivers, f"nobody delivers: {where}"
         client.shutdown(0.0)
         assert not process._engines, where
         for thread in threading.enumerate():
@@ -105,6 +109,35 @@ def test_a_signal_handler_at_any_place_of_a_call_ends_and_costs_no_event(
         places += 1
     assert places > 20
     gc.collect()  # here, and not in a test after this one, it may be told what was not closed
+
+
+@pytest.mark.parametrize("is_started", [False, True], ids=["before its thread", "after its thread"])
+def test_a_sender_whose_start_was_interrupted_is_started_by_the_next_call(
+    make_client: Callable[..., Client], receiver: Receiver, monkeypatch: pytest.MonkeyPatch, is_started: bool
+) -> None:
+    strikes = iter([TimeLimit])
+    threads: list[threading.Thread | None] = []
+
+    def start_thread(target: Callable[[], None], name: str) -> threading.Thread | None:
+        for each in strikes:
+            if is_started:
+                threads.append(real(target, name))
+            raise each
+        threads.append(real(target, name))
+        return threads[-1]
+
+    real = worker.start_thread
+    monkeypatch.setattr(worker, "start_thread", start_thread)
+    client = make_client(upload_interval=0.01)
+    with pytest.raises(TimeLimit):
+        client.track("u", "interrupted")
+    client.track("u", "afterwards")
+    assert receiver.wait_for(2)
+    client.shutdown(0)
+    for thread in threads:
+        assert thread is not None
+        thread.join(10)
+        assert not thread.is_alive()
 
 
 @pytest.mark.timeout(120)

@@ -101,6 +101,25 @@ def test_nothing_runs_before_the_first_write_nor_without_any(outbox: Outbox, kee
     assert [thread.name for thread in threading.enumerate() if "upkeep" in thread.name] == ["segment-durable-upkeep"]
 
 
+def test_a_thread_whose_start_was_interrupted_is_started_by_the_next_write(
+    outbox: Outbox, keeper: Upkeep, syncs: Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a signal handler that raised."""
+    strikes = iter([TimeoutError])
+    real = upkeep.start_thread
+
+    def start_thread(target: Callable[[], None], name: str) -> threading.Thread | None:
+        for each in strikes:
+            raise each
+        return real(target, name)
+
+    monkeypatch.setattr(upkeep, "start_thread", start_thread)
+    with pytest.raises(TimeoutError):
+        outbox.put(BODY, 1)
+    outbox.put(BODY, 1)
+    assert syncs.wait_for(1)
+
+
 def test_with_full_each_commit_is_synced_by_sqlite_and_not_again(tmp_path: Path, syncs: Signals) -> None:
     outbox = Outbox(tmp_path / "full", SystemClock(), full=True)
     keeper = Upkeep(outbox.db, SystemClock())
