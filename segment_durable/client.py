@@ -9,7 +9,7 @@ from datetime import datetime
 from os import getpid
 from time import time
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from segment_durable import process
 from segment_durable.clock import SystemClock
@@ -17,10 +17,11 @@ from segment_durable.config import DEFAULTS, FOREVER, Config
 from segment_durable.encoding import plain
 from segment_durable.engine import Engine, Member, call
 from segment_durable.errors import ConfigError, OutboxError
+from segment_durable.interrupts import from_signal
 from segment_durable.limiter import Limiter
 from segment_durable.logs import get_log
 from segment_durable.message import compose, encode_message
-from segment_durable.records import OutboxStats
+from segment_durable.records import NO_EVENTS, OutboxStats
 
 __all__ = ["Client"]
 
@@ -84,6 +85,7 @@ class Client:
         self._config = config = Config(**settings)
         self._member = Member(config)
         self._engine: Engine | None = None
+        self._was_flushed = True  # by the last shutdown
         self._trouble = Limiter(1.0, SystemClock())
         segment_log = logging.getLogger("segment")
         if config.log_handler is not None:
@@ -224,15 +226,16 @@ class Client:
         """Flush, end the sender and close the files; True if all that was pending has left the outbox.
 
         `timeout`: seconds for all of that; what is left then stays on disk and goes out at the next start.  `None`
-        and 0 as for `flush`.  May be called again; a later call of another method opens everything again.
+        and 0 as for `flush`.  Called again it does nothing, and returns the same; a later call of another method opens
+        everything again.
         """
         timeout = _checked(timeout)
         engine = self._engine
         if engine is None or engine.pid != getpid():
-            return True
+            return self._was_flushed
         clock = engine.clock
         end = None if timeout is None else clock.boot() + timeout
-        flushed = self._flush_all(timeout, start=False)
+        flushed = self._was_flushed = self._flush_all(timeout, start=False)
         engine, self._engine = self._engine, None
         if engine is not None:
             patience = 2 * self._config.timeout if end is None else max(0.0, end - clock.boot())
@@ -240,8 +243,26 @@ class Client:
         return flushed
 
     def stats(self) -> OutboxStats:
-        """The outbox as it is now, for all processes on it.  Raises `OutboxError` if it can't be read."""
+        """The outbox as it is now, for all processes on it.  Raises `OutboxError` if it can't be read.
+
+        With `send=False` there is none, and all is 0.
+        """
+        if not self._config.send:
+            return NO_EVENTS
         return self._live().outbox.stats()
+
+    if not TYPE_CHECKING:  # a misspelt name is to be found
+
+        def __getattr__(self, name: str) -> Any:
+            """The settings, under their names, as segment-analytics-python has them."""
+            if name in DEFAULTS:
+                return getattr(self._config, name)
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+        def __setattr__(self, name: str, value: object) -> None:
+            if name in DEFAULTS:
+                raise AttributeError(f"{name} is settled when a client is made: make another one")
+            object.__setattr__(self, name, value)
 
     def __enter__(self) -> Client:
         return self
@@ -340,7 +361,9 @@ class Client:
         message = plain(message)  # which uses up generators, so the copy for the hook is one of this
         try:
             made: Any = self._config.before_send(plain(message))
-        except Exception:
+        except Exception as problem:
+            if from_signal(problem):
+                raise
             log.exception("before_send raised; the message is taken as it was")
             return message
         if made is None or isinstance(made, dict):

@@ -196,6 +196,13 @@ def default_outbox_dir(write_key: str) -> Path:
 
 
 def _absolute(path: str) -> Path:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        name = path.encode(errors="backslashreplace").decode()
+        raise OutboxUnavailable(
+            name, "is not UTF-8, in which SQLite wants its names: set outbox_dir to one that is"
+        ) from None
     whole = os.path.expanduser(path)
     if whole.startswith("~"):  # not expanded: no HOME and no entry in the user database, or no such user
         raise _homeless(path)

@@ -206,7 +206,8 @@ class Delivery:
             if count and len(events) <= self._room:
                 return Batch(low, high, count, events)
         rows = self._outbox.rows(first, last, MAX_BATCH_BYTES)
-        if not rows:  # the lease was lost, or an operator erased them
+        if not rows:  # the lease was lost
+            self._outbox.confirm(lease)
             self._outbox.release(lease)
             self._drop()
             return None

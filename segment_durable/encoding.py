@@ -26,6 +26,7 @@ from uuid import UUID
 import orjson
 
 from segment_durable.errors import MessageTooLarge
+from segment_durable.interrupts import from_signal
 from segment_durable.logs import get_log
 
 __all__ = ["encode", "plain"]
@@ -64,7 +65,7 @@ def encode(value: Any, limit: int, parts: tuple[Any, ...] | None = None) -> byte
             return _dumps(value, _fast, _OPTIONS)
     except (TypeError, RuntimeError) as problem:  # orjson's, and a dict that another thread changes; not a time limit's
         cause = problem.__cause__
-        if cause is not None and not isinstance(cause, Exception):
+        if cause is not None and (not isinstance(cause, Exception) or from_signal(cause)):
             raise cause from None  # orjson wraps a KeyboardInterrupt in our `_fast` like any other
     clean = plain(value, max_nodes=most, limit=limit)
     text = json.dumps(clean, allow_nan=False, ensure_ascii=False, separators=(",", ":"), check_circular=False)
@@ -121,7 +122,9 @@ def _is_scalar_member(member: Enum) -> bool:
     """orjson takes the value of a member by itself, and ends the process where that is a property that raises."""
     try:
         return type(member.value) in _SCALARS
-    except Exception:
+    except Exception as problem:
+        if from_signal(problem):
+            raise
         return False
 
 
@@ -139,7 +142,9 @@ class _Cleaner:
             raise
         except RecursionError:
             return None  # the caller's own stack was deep already: cut here
-        except Exception:
+        except Exception as problem:
+            if from_signal(problem):
+                raise
             return _name(value)
 
     def _count(self) -> None:
@@ -200,7 +205,9 @@ class _Cleaner:
             return _text(value) if isinstance(value, str) else str(value) if type(value) is float else _name(key)
         except MessageTooLarge:
             raise
-        except Exception:
+        except Exception as problem:
+            if from_signal(problem):
+                raise
             return _name(key)
 
 
@@ -290,5 +297,7 @@ def _name(value: Any) -> str:
     try:
         name = value.__qualname__
         return _text(name) if isinstance(name, str) else kind
-    except Exception:
+    except Exception as problem:
+        if from_signal(problem):
+            raise
         return kind

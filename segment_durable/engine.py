@@ -17,6 +17,7 @@ from segment_durable.clock import Clock
 from segment_durable.config import Config
 from segment_durable.delivery import Delivery, Reporter
 from segment_durable.errors import ConfigError, OutboxDamaged, OutboxError, OutboxFull, OutboxUnavailable
+from segment_durable.interrupts import from_signal
 from segment_durable.limiter import Limiter
 from segment_durable.logs import get_log
 from segment_durable.outbox import Outbox, other_source
@@ -71,6 +72,7 @@ class Engine:
         self.make_transport = make_transport
         self._tokens: Tokens | None = _tokens(config, clock)
         self.members: weakref.WeakSet[Member] = weakref.WeakSet()
+        self._is_first_gone = False  # the client whose `config` this is was shut down
         self.outbox = Outbox(config.outbox_path, clock, full=config.synchronous == "FULL", write_key=config.write_key)
         self.upkeep = Upkeep(self.outbox.db, clock)
         self.upkeep.on_gone = lambda: on_gone(self)
@@ -85,21 +87,29 @@ class Engine:
         """Let a client in; raises `ConfigError` or `SourceMismatch` if it can't share this outbox."""
         if member.config.write_key != self.config.write_key:
             raise other_source(self.outbox.db.folder)
-        for name in _MUST_AGREE:
-            if getattr(member.config, name) != getattr(self.config, name):
-                raise ConfigError(
-                    name,
-                    "differs from that of another client on the same outbox in this process: "
-                    "give this client an outbox_dir of its own",
-                )
+        name = self._contested(member)
+        if name is not None:
+            raise ConfigError(
+                name,
+                "differs from that of another client on the same outbox in this process: "
+                "give this client an outbox_dir of its own",
+            )
         differing = [n for n in _FIRST_DECIDES if getattr(member.config, n) != getattr(self.config, n)]
         if differing:
             log.warning("%s: the values of the first client on this outbox hold, not these", ", ".join(differing))
         self.members.add(member)
 
+    def is_forsaken_for(self, member: Member) -> bool:
+        """Whether a client's settings can't be met, and all whose these are were collected without a shutdown."""
+        return not self.members and self._contested(member) is not None
+
+    def _contested(self, member: Member) -> str | None:
+        return next((n for n in _MUST_AGREE if getattr(member.config, n) != getattr(self.config, n)), None)
+
     def leave(self, member: Member) -> bool:
         """A client was shut down; whether it was the last."""
         self.members.discard(member)
+        self._is_first_gone = self._is_first_gone or member.config is self.config
         return not self.members
 
     def put(self, body: bytes, appended_at: int, message: dict[str, Any], config: Config) -> bool | None:
@@ -178,9 +188,10 @@ class Engine:
         self._refused(problem, None)
 
     def callbacks(self, name: str) -> list[Callable[..., object]]:
-        """The callbacks that the clients gave for `name`, each once."""
+        """The callbacks that the clients gave for `name`, each once; those of one that was collected as well."""
         found: list[Callable[..., object]] = []
-        for config in (self.config, *(member.config for member in list(self.members))):
+        first = [] if self._is_first_gone else [self.config]
+        for config in (*first, *(member.config for member in list(self.members))):
             callback = getattr(config, name)
             if callback is not None and not any(callback == each for each in found):
                 found.append(callback)
@@ -250,7 +261,11 @@ class _Callbacks(Reporter):
 
 
 def _items(events: bytes) -> list[dict[str, Any]]:
-    items: list[dict[str, Any]] = json.loads(b"[%b]" % events)
+    try:
+        items: list[dict[str, Any]] = json.loads(b"[%b]" % events)
+    except ValueError:  # a damaged page may have changed what was stored: SQLite does not see that
+        log.error("what was stored of these events is damaged, and no JSON: the callbacks are called without them")
+        return []
     return items
 
 
@@ -258,7 +273,9 @@ def call(callback: Callable[..., object], name: str, *arguments: object) -> None
     """Call a user's callback; what it raises is logged and changes nothing."""
     try:
         callback(*arguments)
-    except Exception:
+    except Exception as problem:
+        if from_signal(problem):
+            raise
         log.exception("%s raised; nothing else is changed by that", name)
 
 

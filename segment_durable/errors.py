@@ -161,8 +161,11 @@ class DeliveryError(SegmentDurableError):
     """The receiver did not take a batch.  Its events stay in the outbox.
 
     `status` is the HTTP status, 0 where there was no answer; `code` and `message` are from the answer's JSON body
-    where it had them.  The names are those of `APIError` of segment-analytics-python.
+    where it had them.  The names are those of `APIError` of segment-analytics-python, whose `response` is always None
+    here.
     """
+
+    response: None = None
 
     def __init__(self, status: int, code: str, message: str) -> None:
         super().__init__(f"[Segment] {code}: {message} ({status})")

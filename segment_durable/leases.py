@@ -12,7 +12,7 @@ from typing import Any
 
 from segment_durable.records import Lease
 
-__all__ = ["AHEAD", "between", "end_lease", "first_free", "shrink", "take_over"]
+__all__ = ["AHEAD", "between", "end_lease", "end_without_last", "first_free", "shrink", "take_over"]
 
 _NO_LIMIT = 1 << 62
 
@@ -35,6 +35,14 @@ def end_lease(connection: sqlite3.Connection, lease: Lease) -> bool:
             (lease.first, lease.token, lease.last),
         ).rowcount
     )
+
+
+def end_without_last(connection: sqlite3.Connection) -> None:
+    """Remove the leases, of dead holders, whose last event was removed in another way: each covers that of its last id.
+
+    Should its holder wake, a lease without any event would look like damage.
+    """
+    connection.execute("DELETE FROM lease WHERE NOT EXISTS (SELECT 1 FROM event WHERE id = lease.last_id)")
 
 
 def shrink(connection: sqlite3.Connection, lease: Lease, through: int, last: int) -> None:

@@ -52,6 +52,9 @@ except ImportError:  # Windows
         os.lseek(fd, byte, os.SEEK_SET)
         msvcrt.locking(fd, msvcrt.LK_UNLCK, 1)  # type: ignore[attr-defined, unused-ignore]
 
+    def _above_stderr(fd: int) -> int:
+        return fd
+
     def _locker(fd: int, byte: int) -> Callable[[], None]:
         return partial(_lock, fd, byte)
 
@@ -59,6 +62,16 @@ except ImportError:  # Windows
         return partial(_unlock, fd, byte)
 
 else:
+
+    def _above_stderr(fd: int) -> int:
+        """The same file under a number of its own: where stdout was closed it has that one's, and is printed to."""
+        if fd > 2:
+            return fd
+        try:
+            return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+        finally:
+            os.close(fd)
+
     # What is called for each put goes straight to the system.
 
     def _locker(fd: int, byte: int) -> Callable[[], None]:
@@ -127,7 +140,7 @@ class LockFile:
                     raise OutboxUnavailable(path, "is in the place of the lock file and is no file")
             except FileNotFoundError:
                 pass
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
+            fd = _above_stderr(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600))
             try:
                 made = cls(fd)
                 found = os.fstat(fd)

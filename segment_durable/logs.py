@@ -8,6 +8,8 @@ import sys
 import traceback
 from typing import TYPE_CHECKING, Any
 
+from segment_durable.interrupts import from_signal
+
 __all__ = ["Log", "get_log"]
 
 if TYPE_CHECKING:
@@ -29,7 +31,9 @@ class Log(_Adapter):
     def log(self, level: int, msg: object, *args: Any, **named: Any) -> None:
         try:
             super().log(level, msg, *args, stacklevel=_TO_CALLER, **named)
-        except Exception:
+        except Exception as problem:
+            if from_signal(problem):
+                raise
             if logging.raiseExceptions:
                 with contextlib.suppress(Exception):  # as when stderr is closed
                     traceback.print_exc()

@@ -44,9 +44,9 @@ from segment_durable.dead_letters import (
 from segment_durable.errors import OutboxError, SourceMismatch, StorageError
 from segment_durable.guards import after_damage, whole, with_reserve
 from segment_durable.intake import Intake
-from segment_durable.leases import AHEAD, between, end_lease, first_free, shrink, take_over
+from segment_durable.leases import AHEAD, between, end_lease, end_without_last, first_free, shrink, take_over
 from segment_durable.records import Backoff, DeadLetter, Lease, NotNow, OutboxStats, Row
-from segment_durable.soundness import UNSOUND_BODY, all_sound, are_books_sound, malformed, sound
+from segment_durable.soundness import TOTALS_KINDS, UNSOUND_BODY, all_sound, are_books_sound, malformed, sound
 from segment_durable.source import claim
 from segment_durable.views import TOTALS, read_backoff, read_leases, read_stats
 
@@ -165,6 +165,8 @@ class Outbox:
             first, last = span
             if last - first >= batch:
                 last -= (last - first + 1) % batch
+                # Of a lease the last id is that of an event, whatever has left from the middle of the others.
+                (last,) = connection.execute("SELECT max(id) FROM event WHERE id <= ?", (last,)).fetchone()
             attempts = [before.failures + (before.first_throttle is not None)]
             attempts += take_over(connection, dead, first, last)
             lease = Lease(token, first, last, max(attempts), now + seconds)
@@ -197,6 +199,20 @@ class Outbox:
                 if max_bytes < 0:
                     break
         return found
+
+    @after_damage
+    def confirm(self, lease: Lease) -> None:
+        """For when no event was found: raise `StorageError` if the lease is held, for its last id is that of an event.
+
+        Pages that a disk has written to the wrong places are whole, and SQLite finds nothing wrong with them.
+        """
+        with self.db.read() as connection:
+            found = connection.execute("SELECT first_id, last_id FROM lease WHERE token = ?", (lease.token,)).fetchone()
+            if found is None:
+                return
+            first, last = sound(found, (int, int))
+            if connection.execute("SELECT 1 FROM event WHERE id BETWEEN ? AND ?", (first, last)).fetchone() is None:
+                raise malformed()
 
     @after_damage
     def joined(self, first: int, last: int, limit: int) -> tuple[int, int, int, bytes]:
@@ -307,6 +323,7 @@ class Outbox:
                 expired.append(Row(event_id, body))
             if expired:
                 connection.execute("DELETE FROM event WHERE id <= ?", (expired[-1].id,))
+                end_without_last(connection)
                 count(connection, "expired = expired + ?, last_id = max(last_id, ?)", (len(expired), expired[-1].id))
         return [row.body for row in expired]
 
@@ -343,7 +360,8 @@ class Outbox:
                     self.db.connections.retire()
                     return moved
                 for _, appended_at, body in found:
-                    other.put(body, appended_at)
+                    if not other.put(body, appended_at):
+                        raise StorageError("the outbox that is in the place of this one takes no events")
                 connection.execute("DELETE FROM event WHERE id <= ?", (found[-1][0],))
             moved += len(found)
 
@@ -418,7 +436,20 @@ class Outbox:
             pending = self.pending()
         except OutboxError:
             return False
-        return (not max_pending or pending < max_pending) and self._intake.put(body, appended_at, max_pending)
+        if max_pending and pending >= max_pending:
+            return False
+        if self._intake.put(body, appended_at, max_pending):
+            return True
+        self._check_next_id()
+        return self._intake.put(body, appended_at, max_pending)
+
+    @after_damage
+    def _check_next_id(self) -> None:
+        """See to it that there is no such event yet: in a page that is in a wrong place there may be one."""
+        with self.db.read() as connection:
+            (last, *_) = sound(connection.execute(TOTALS).fetchone(), TOTALS_KINDS)
+            if connection.execute("SELECT 1 FROM event WHERE id = ?", (last + 1,)).fetchone() is not None:
+                raise malformed()
 
     @after_damage
     def _totals(self, timeout: float = WRITE_TIMEOUT) -> Any:
@@ -443,6 +474,7 @@ class Outbox:
                     ).fetchone()
                     highest = max(highest, top or 0)
                     erased += connection.execute("DELETE FROM event WHERE id BETWEEN ? AND ?", (low, high)).rowcount
+            end_without_last(connection)
             count(connection, "erased = erased + ?, last_id = max(last_id, ?)", (erased, highest))
         return erased
 

@@ -53,6 +53,9 @@ def attach(
         raise OutboxBusy("the call was made by a signal handler while its thread was opening or closing an outbox")
     with _lock:
         engine = _engines.get(key)
+        if engine is not None and (engine.closed or engine.is_forsaken_for(member)):
+            engine.close(0.0)
+            engine = None
         if engine is None:
             engine = Engine(
                 member.config, clock or SystemClock(), key=key, make_transport=make_transport, on_gone=_replace
@@ -68,12 +71,18 @@ def detach(engine: Engine, member: Member, timeout: float) -> bool:
 
     Whether the threads ended within `timeout` seconds.
     """
-    with _lock:
-        if not engine.leave(member):
-            return True
-        if _engines.get(engine.key) is engine:
-            del _engines[engine.key]
-    return engine.close(timeout)
+    try:
+        with _lock:
+            if not engine.leave(member):
+                return True
+            if _engines.get(engine.key) is engine:
+                del _engines[engine.key]
+        ended = engine.close(timeout)
+    except BaseException:  # a signal handler's: nobody else knows of the engine any more, and its threads would stay
+        if _engines.get(engine.key) is not engine:
+            engine.close(0.0)
+        raise
+    return ended
 
 
 def _replace(engine: Engine) -> None:
@@ -190,8 +199,9 @@ def _at_exit() -> None:
                     log.warning("events that stay on disk, for the next process that delivers: %d", pending)
         except OutboxError as problem:
             log.error("at exit: %s", problem)
+        if _engines.get(engine.key) is engine:
+            del _engines[engine.key]  # a thread that goes on gets another one
         engine.close(max(0.0, end - engine.clock.boot()))
-    _engines.clear()
 
 
 atexit.register(_at_exit)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from segment_durable.clock import Clock
 from segment_durable.config import Config
 from segment_durable.delivery import Delivery, Step
-from segment_durable.errors import OutboxError
+from segment_durable.errors import OutboxBusy, OutboxError
 from segment_durable.outbox import Outbox
 from segment_durable.threads import PatientLock
 from segment_durable.worker import Worker
@@ -34,16 +34,19 @@ class Sender:
         self._make_delivery = make_delivery
         self._lock = PatientLock()
         self._workers: list[Worker] = []
+        self._leaving: list[Worker] = []  # told to end, and maybe at an upload still
         self._closed = False
         self._inline: Delivery | None = None
         self._inline_ends = False
         self._inline_lock = PatientLock()
+        self._after_inline: list[Callable[[], None]] = []  # to be called when nobody delivers in `drain` any more
         # Taken by itself, not by way of the condition, which is Python code: a signal handler may raise in there.
         self._changing = threading.RLock()
         self._changed = threading.Condition(self._changing)  # notified after a step that ends the wait of a flush
         self._left = 0  # events that left by steps of this sender
         self._goals: list[int] = []  # what `_left` has to come to for the flushes that wait
-        self.last_failure: tuple[int, bool] = (0, False)  # number of failed steps so far; was the budget used up
+        # When the last step that failed had begun, on the boot clock, and whether the retry budget was used up.
+        self._last_failure: tuple[float, bool] = (0.0, False)
 
     @property
     def is_running(self) -> bool:
@@ -95,7 +98,6 @@ class Sender:
             return False
         end = None if timeout is None else self._clock.boot() + timeout
         target = self._outbox.last_id(_BUSY if timeout is None else max(_GLANCE, timeout))
-        failures = self.last_failure[0]
         left, missing = self._left, self._missing(target, end)
         if not missing:
             return True
@@ -108,13 +110,14 @@ class Sender:
         workers = list(self._workers)
         for worker in workers:
             worker.hurry_to(target)
+        began = self._clock.boot()
         try:
             while missing:
                 remaining = _FLUSH_LOOK if end is None else min(_FLUSH_LOOK, end - self._clock.boot())
                 if remaining <= 0:
                     return False
-                count, exhausted = self.last_failure
-                if count != failures and exhausted:
+                failed, exhausted = self._last_failure
+                if failed >= began and exhausted:  # not what was under way already: it was not made to hurry
                     return False
                 if not any(worker.is_alive() for worker in workers):
                     return self.drain(target, end)
@@ -136,21 +139,31 @@ class Sender:
         """Deliver in the calling thread until the event `target` has left, an attempt fails, or `end` (boot clock).
 
         For `sync_mode`, and for where no thread can be started.  A signal handler can't wait for what it has
-        interrupted: there it is False at once.
+        interrupted: there it is False at once.  Raises `OutboxError` if the outbox fails, or has been closed.
         """
         if self._inline_lock.is_owned() or not self._outbox.is_outermost():
             return False
         try:
             if not self._inline_lock.wait(None if end is None else max(0.0, end - self._clock.boot())):
                 return False
-            return self._deliver_inline(target, end)
+            delivered = self._deliver_inline(target, end)
+            return delivered  # noqa: RET504  # apart: what a signal handler raises after the call is within the `try`
         finally:
             try:
                 self._inline_lock.release()
             except RuntimeError:
                 pass  # it was not got
+            else:
+                self._call_after_inline()
+
+    def _call_after_inline(self) -> None:
+        with contextlib.suppress(IndexError):
+            while True:
+                self._after_inline.pop()()
 
     def _deliver_inline(self, target: int, end: float | None) -> bool:
+        if self._closed:
+            raise OutboxBusy("the outbox has been closed")
         self._inline_ends = False
         try:
             delivery = self._inline = self._inline or self._make_delivery()
@@ -162,7 +175,7 @@ class Sender:
                 if within is not None and within <= 0:
                     return False
                 step = delivery.step(hurry=True, within=within)
-                self.note(step)
+                self.note(step, now)
                 if step.kind == "leased" and now < patience:
                     self._clock.wait(threading.Event(), 0.01)
                 elif not step.progress:
@@ -204,41 +217,58 @@ class Sender:
     def stop(self, timeout: float, then: Callable[[], None]) -> bool:
         """End the threads after the step they are at; whether they ended within `timeout` seconds.
 
-        A later need starts them again.  `then` is called when the last of them has ended, in that thread or in this
-        one; a thread that waits for the network longer than `timeout` ends by itself when that wait does.
+        A later need starts them again.  `then` is called when the last of them has ended, and whoever delivers in
+        `drain`, in that thread or in this one; one that waits for the network longer than `timeout` ends by itself when
+        that wait does.
         """
-        with self._lock:
-            workers, self._workers = self._workers, []
-        self._inline_ends = True  # a thread that is delivering in `drain` closes its delivery when it leaves
-        if not self._outbox.is_outermost():
-            timeout = 0.0  # a signal handler: the threads may wait for what it has interrupted
-        if not self._inline_lock.is_owned() and self._inline_lock.wait(timeout):
-            try:
-                inline, self._inline = self._inline, None
-                if inline is not None:
-                    inline.close()
-            finally:
-                self._inline_lock.release()
         end = self._clock.boot() + timeout
-        ending = _Ending(len(workers), then)
+        if not self._outbox.is_outermost():
+            end = 0.0  # a signal handler: the threads may wait for what it has interrupted
+        with self._lock:
+            # Those that were told so before are waited for as well: the files must not be closed under an upload.
+            self._leaving = [worker for worker in (*self._leaving, *self._workers) if worker.is_alive()]
+            self._workers = []
+            workers = list(self._leaving)
+        ending = _Ending(len(workers) + 1, then)
         for worker in workers:
             worker.stop(ending.one_ended)
+        self._inline_ends = True  # a thread that is delivering in `drain` closes its delivery when it leaves
+        is_idle = self._end_inline(max(0.0, end - self._clock.boot()), ending.one_ended)
         for worker in workers:
             if not worker.is_current():
                 worker.join(max(0.0, end - self._clock.boot()))
-        if not workers:
-            then()
-        return not any(worker.is_alive() for worker in workers)
+        return is_idle and not any(worker.is_alive() for worker in workers)
 
-    def note(self, step: Step) -> None:
-        """A step was done.  Whoever waits in `flush` looks at the outbox only when that may have been the last one.
+    def _end_inline(self, timeout: float, then: Callable[[], None]) -> bool:
+        """Close the delivery of `drain`, and call `then`; in the thread that is in there if that takes longer."""
+        self._after_inline.append(then)
+        if self._inline_lock.is_owned():
+            return False  # a callback, or a signal handler
+        try:
+            if not self._inline_lock.wait(timeout):
+                return False
+            inline, self._inline = self._inline, None
+            if inline is not None:
+                inline.close()
+        finally:
+            try:
+                self._inline_lock.release()
+            except RuntimeError:
+                pass  # it was not got
+            else:
+                self._call_after_inline()
+        return True
 
-        A look after each batch took a fifth of the time in which a backlog was delivered.
+    def note(self, step: Step, began: float) -> None:
+        """A step was done, which had begun at `began`.
+
+        Whoever waits in `flush` looks at the outbox only when that may have been the last one.  A look after each batch
+        took a fifth of the time in which a backlog was delivered.
         """
         with self._changing:
             self._left += step.count
             if step.kind in ("failed", "backoff"):
-                self.last_failure = (self.last_failure[0] + 1, step.exhausted)
+                self._last_failure = (began, step.exhausted)
             if not step.progress or any(goal <= self._left for goal in self._goals):
                 self._changed.notify_all()
 

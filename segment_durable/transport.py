@@ -19,6 +19,7 @@ from requests.utils import get_environ_proxies
 from urllib3.exceptions import ProtocolError
 from urllib3.util import Retry
 
+from segment_durable.interrupts import from_signal
 from segment_durable.transport_errors import PROBLEMS, TransportError, let_go, transport_error
 
 __all__ = ["RequestsTransport", "Response", "Transport", "TransportError"]
@@ -88,6 +89,9 @@ class RequestsTransport:
             raise
         except BaseException as problem:
             self.close()  # what a signal handler's exception has left is not gone on with
+            struck = from_signal(problem)
+            if struck is not None:
+                raise struck from None  # and not what a library has made of it
             if not isinstance(problem, PROBLEMS):
                 raise
             # Without its cause, whose text may hold a proxy's password.

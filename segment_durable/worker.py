@@ -33,7 +33,7 @@ class Worker:
 
     def __init__(
         self,
-        note: Callable[[Step], None],
+        note: Callable[[Step, float], None],
         outbox: Outbox,
         config: Config,
         clock: Clock,
@@ -52,6 +52,7 @@ class Worker:
         self._through: int | None = None  # all events up to that id have left, if the last step tells that
         self._flush_to: list[int] = []
         self._hurry = False
+        self._began = 0.0  # the last step
         self._trouble = Limiter(60.0, clock)
         self._on_end: list[Callable[[], None]] = []
         self._end_lock = threading.RLock()
@@ -103,7 +104,7 @@ class Worker:
                 step = self._try_step()
                 if step is not None:
                     self._through = step.through if self._config.thread == 1 else None
-                    self._note(step)
+                    self._note(step, self._began)
                     self._wait_after(step)
         finally:
             if self._delivery is not None:
@@ -122,6 +123,7 @@ class Worker:
         try:
             if not (self._is_under_way() or self._fill()):
                 return None
+            self._began = self._clock.boot()  # before the look whether to hurry: see `Sender.flush`
             hurry, self._hurry = self._hurry, False
             # Made in this thread, at the first need: it imports what the callers don't need.
             self._delivery = self._delivery or self._make_delivery()

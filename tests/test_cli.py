@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import sqlite3
@@ -1077,3 +1078,13 @@ def test_what_changes_an_outbox_makes_none(
     assert list(tmp_path.iterdir()) == []
     assert main([command[0], str(tmp_path)]) == 2
     assert "--" in capsys.readouterr().err
+
+
+def test_a_command_whose_stdout_is_closed_does_its_work(tmp_path: Path) -> None:
+    box = Outbox(tmp_path / "outbox", SystemClock(), write_key="k")
+    box.put(b"{}", 1)
+    box.close()
+    program = "import sys; from segment_durable.cli import main; sys.exit(main())"
+    command = shlex.join([sys.executable, "-c", program, "status", str(tmp_path / "outbox")])
+    done = subprocess.run(["sh", "-c", f"{command} >&-"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import json
 import logging
@@ -22,7 +23,8 @@ from segment_durable.clock import SystemClock
 from segment_durable.errors import StorageError
 from segment_durable.message import compose, encode_message
 from segment_durable.outbox import Outbox
-from segment_durable.testing import Answer, Hang, OAuthApp, Receiver
+from segment_durable.records import NO_EVENTS
+from segment_durable.testing import Answer, Delay, Hang, OAuthApp, Receiver
 
 MakeClient = Callable[..., Client]
 
@@ -750,3 +752,109 @@ def test_puts_while_an_outbox_that_was_moved_away_is_replaced_are_not_lost(
     with contextlib.closing(Outbox(tmp_path / "outbox", SystemClock())) as outbox:
         waiting = {json.loads(row.body)["event"] for row in outbox.rows(0, 1 << 60)}
     assert [name for mine in accepted for name in mine if name not in waiting] == []
+
+
+# -- settings and callbacks of several clients
+
+
+def test_the_settings_of_a_client_can_be_read_and_not_be_set(make_client: MakeClient) -> None:
+    client = make_client(upload_size=7, send=False)
+    assert (client.upload_size, client.send, client.write_key) == (7, False, "test-key")  # type: ignore[attr-defined]
+    with pytest.raises(AttributeError, match="send is settled when a client is made"):
+        client.send = True  # type: ignore[attr-defined]
+    with pytest.raises(AttributeError, match="'Client' object has no attribute 'queue'"):
+        _ = client.queue  # type: ignore[attr-defined]
+
+
+def test_a_client_that_sends_nothing_has_no_outbox_to_be_asked(make_client: MakeClient, tmp_path: Path) -> None:
+    client = make_client(send=False)
+    client.track("u", "e")
+    assert client.stats() == NO_EVENTS
+    assert not (tmp_path / "outbox").exists()
+
+
+def test_a_client_that_was_collected_binds_nobody_to_its_settings(make_client: MakeClient, tmp_path: Path) -> None:
+    Client("test-key", "http://127.0.0.1:9", outbox_dir=tmp_path / "outbox").track("u", "left behind")
+    gc.collect()
+    with Receiver() as another:
+        client = make_client(host=another.url)
+        assert client.flush(10) is True
+        assert names(another) == ["left behind"]
+
+
+def test_a_client_that_was_shut_down_is_not_called_any_more(make_client: MakeClient) -> None:
+    called: list[str] = []
+    first = make_client(on_success=lambda _: called.append("first"))
+    second = make_client(on_success=lambda _: called.append("second"))
+    second.track("u", "e")
+    assert second.flush(10) is True
+    assert sorted(called) == ["first", "second"]
+    called.clear()
+    first.shutdown()
+    second.track("u", "e")
+    assert second.flush(10) is True
+    assert called == ["second"]
+
+
+def test_callbacks_are_called_without_events_that_were_damaged(make_client: MakeClient, tmp_path: Path) -> None:
+    """By a bit in a page, of which SQLite notices nothing."""
+    told: list[list[dict[str, Any]]] = []
+    other = Outbox(tmp_path / "outbox", SystemClock(), write_key="test-key")
+    other.put(b'{"messageId":"1\xff"}', 1)
+    other.put(b'{"messageId":"2}', 1)
+    other.close()
+    client = make_client(host="http://127.0.0.1:9", max_retries=0, on_error=lambda _, items: told.append(items))
+    assert client.flush(10) is False
+    assert told == [[]]
+
+
+# -- a shutdown while something is on its way
+
+
+def test_shutdown_called_again_says_what_it_said(make_client: MakeClient) -> None:
+    client = make_client(host="http://127.0.0.1:9")
+    client.track("u", "e")
+    assert client.shutdown(0.1) is False
+    assert client.shutdown() is False
+
+
+@pytest.mark.parametrize("how", ["sync_mode", "join"])
+def test_a_shutdown_leaves_the_files_to_whoever_delivers_still(
+    make_client: MakeClient, receiver: Receiver, how: str
+) -> None:
+    """Or the batch would be sent again, with nobody having died."""
+    receiver.script(Delay(30))
+    client = make_client(sync_mode=how == "sync_mode", upload_interval=0)
+    thread = threading.Thread(target=client.track, args=("u", "e"))
+    thread.start()
+    assert receiver.wait_for(lambda each: len(each.requests) == 1)
+    if how == "join":
+        thread.join()
+        thread = threading.Thread(target=client.join)
+        thread.start()
+        while client._live().sender._workers:
+            threading.Event().wait(0.001)
+    client.shutdown(0.01)
+    receiver.release()
+    thread.join(10)
+    again = make_client()
+    assert again.flush(10) is True
+    assert names(receiver) == ["e"]
+    assert receiver.duplicates == 0
+
+
+def test_a_flush_is_not_ended_by_an_attempt_that_was_under_way(make_client: MakeClient, receiver: Receiver) -> None:
+    """It was not made to hurry: after a refusal that is no use to repeat, a flush makes one attempt of its own."""
+    receiver.script(Delay(30, Answer(401)))
+    client = make_client(upload_interval=0)
+    client.track("u", "e")
+    assert receiver.wait_for(lambda each: len(each.requests) == 1)
+    flushed: list[bool] = []
+    thread = threading.Thread(target=lambda: flushed.append(client.flush(20)))
+    thread.start()
+    while not client._live().sender._workers[0]._flush_to:
+        threading.Event().wait(0.001)
+    receiver.release()
+    thread.join(30)
+    assert flushed == [True]
+    assert names(receiver) == ["e"]

@@ -168,3 +168,30 @@ for host in ("http://127.0.0.1:9", sys.argv[1]):
     said, _ = run(code, receiver, tmp_path)
     assert "events that stay on disk, for the next process that delivers: 1" in said
     assert [event["event"] for event in receiver.unique] == ["e"]
+
+
+def test_a_thread_that_tracks_while_the_program_exits_does_not_spin(receiver: Receiver, tmp_path: Path) -> None:
+    """One outbox is closed already, and another one is being delivered: the call opens its own again."""
+    receiver.always(Hang())
+    code = """
+import threading
+first = analytics.Client("key", sys.argv[1], outbox_dir=sys.argv[2] + "-first", deliver=False)
+second = analytics.Client("key", sys.argv[1], outbox_dir=sys.argv[2] + "-second", shutdown_timeout=2)
+first.track("u", "e")
+second.track("u", "e")
+from segment_durable.engine import Engine
+real, closed = Engine.close, threading.Event()
+def close(self, timeout):
+    done = real(self, timeout)
+    closed.set()
+    return done
+Engine.close = close
+def work():
+    closed.wait()
+    print("accepted while another is flushed:", first.track("u", "late")[0], flush=True)
+threading.Thread(target=work, daemon=True).start()
+"""
+    said, _ = run(code, receiver, tmp_path)
+    lines = said.splitlines()
+    assert lines[0] == "accepted while another is flushed: True", said
+    assert lines[1].startswith("events that stay on disk"), said

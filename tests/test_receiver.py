@@ -495,6 +495,11 @@ def test_expect_continue_is_answered(receiver: Receiver) -> None:
         (body(event(userId=None)), "missing_id"),
         (body(event(userId="", anonymousId="")), "missing_id"),
         (body(event(userId=7)), "missing_id"),
+        (body(event(type="group")), "missing_id"),
+        (body(event(type="group", groupId="")), "missing_id"),
+        (body(event(type="alias")), "missing_id"),
+        (body(event(type="alias", previousId="p", userId=None, anonymousId="a")), "missing_id"),
+        *((body(event(**{name: []})), "invalid_event") for name in ("traits", "properties", "context", "integrations")),
         (body(event(type=None)), "invalid_type"),
         (body(event(type="Track")), "invalid_type"),
         (body(event(type=["track"])), "invalid_type"),
@@ -532,7 +537,9 @@ def test_what_segment_takes_and_drops_is_refused_if_strict(data: bytes, code: st
         event(timestamp="2025-06-01T12:00:00Z"),
         event(timestamp="2025-06-01T12:00:00.123456+05:30"),
         event(timestamp="2025-06-01T12:00:00-0500"),
-        *(event(type=kind, event=None) for kind in ("identify", "page", "screen", "group", "alias")),
+        *(event(type=kind, event=None) for kind in ("identify", "page", "screen")),
+        event(type="group", event=None, groupId="g"),
+        event(type="alias", event=None, previousId="p"),
     ],
 )
 def test_what_is_just_right_is_taken_though_strict(receiver: Receiver, sound: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,63 @@ def test_a_signal_handler_at_any_place_of_a_call_ends_and_costs_no_event(
         places += 1
     assert places > 20
     gc.collect()  # here, and not in a test after this one, it may be told what was not closed
+
+
+ENDS: dict[str, Callable[[Client], object]] = {
+    "flush": lambda client: client.flush(),
+    "shutdown": lambda client: client.shutdown(),
+    "shutdown in no time": lambda client: client.shutdown(0),
+    "join": lambda client: client.join(),
+    "stats": lambda client: client.stats(),
+    "another client": lambda client: Client("test", outbox_dir=client._config.outbox_dir, deliver=False).shutdown(0),
+}
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # a file that was just opened is not closed
+@pytest.mark.parametrize("mode", [{}, {"sync_mode": True}, {"deliver": False}], ids=str)
+@pytest.mark.parametrize("call", ENDS)
+@in_its_own_thread
+def test_a_signal_handler_that_raises_at_any_place_of_these_leaves_a_client_that_works(
+    call: str, mode: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C during a flush, above all."""
+    monkeypatch.setattr(engine, "RequestsTransport", lambda _: ScriptedTransport())
+    places = 0
+    while True:
+        folder = tmp_path / str(places)
+        client = Client("test", outbox_dir=folder, upload_interval=60, **mode)
+        client.track("u", "first")
+        raises = partial(strike, client)
+        with contextlib.suppress(TimeLimit), Interruption(places, raises, checked=True) as interruption:
+            ENDS[call](client)
+        where = f"at place {places} of: {call}"
+        with ThreadPoolExecutor(1) as another:  # this thread has reentrant locks
+            assert another.submit(client.track, "u", "afterwards").result(30)[0], where
+            stats = another.submit(client.stats).result(30)
+            assert (stats.accepted, stats.balanced) == (2, True), where
+            delivers = mode.get("deliver", True)
+            seconds = 10 if delivers else 0
+            assert another.submit(client.flush, seconds).result(60) is delivers, where
+            assert another.submit(client.shutdown, seconds).result(60) is delivers, where
+        assert not process._engines or call == "another client", where
+        for each in list(process._engines.values()):  # of a client that was not finished, or that nobody has shut down
+            each.close(5.0)
+        process._engines.clear()
+        for thread in threading.enumerate():
+            if thread.name.startswith("segment-durable"):
+                thread.join(10)
+                assert not thread.is_alive(), where
+        with contextlib.closing(Outbox(folder, FakeClock())) as outbox:
+            assert outbox.stats().delivered == (2 if delivers else 0), where
+        shutil.rmtree(folder)
+        if not interruption.happened:
+            break
+        places += 1
+    assert places > 20
+    gc.collect()
 
 
 @pytest.mark.parametrize("is_started", [False, True], ids=["before its thread", "after its thread"])

@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _parse(argv)
         code = args.run(args, SystemClock())
-        sys.stdout.flush()
+        if sys.stdout is not None:  # as it is where that was closed
+            sys.stdout.flush()
     except SystemExit as end:  # argparse, after --help and --version
         return int(end.code or 0)
     except BrokenPipeError:

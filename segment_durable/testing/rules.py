@@ -148,6 +148,13 @@ def _check_event(event: dict[str, Any], place: str) -> None:
         raise Refusal(400, "missing_id", f"{place}userId or {place}anonymousId must be text that is not empty")
     if kind == "track" and not _is_text(event.get("event")):
         raise Refusal(400, "missing_event_name", f"{place}event must be text that is not empty")
+    required = {"group": ("groupId",), "alias": ("userId", "previousId")}.get(kind, ())
+    for name in required:
+        if not _is_text(event.get(name)):
+            raise Refusal(400, "missing_id", f"{place}{name} must be text that is not empty")
+    for name in ("traits", "properties", "context", "integrations"):
+        if not isinstance(event.get(name, {}), dict):
+            raise Refusal(400, "invalid_event", f"{place}{name} must be an object")
     _check_time(event, "timestamp", place)
 
 

@@ -147,6 +147,7 @@ class Model:
             del self.events[event_id]
             gone.append(body)
         self.expired += gone
+        self._end_without_last()
         return gone
 
     def erase(self, now: float, ids: Sequence[int] | None) -> int:
@@ -157,6 +158,7 @@ class Model:
             if each in self.events and not any(one.first <= each <= one.last for one in held)
         ]
         self.erased += [self.events.pop(each)[1] for each in gone]
+        self._end_without_last()
         return len(gone)
 
     def erase_dead(self, ids: Sequence[int] | None) -> int:
@@ -173,6 +175,10 @@ class Model:
         holding.first = through + 1
         if through >= holding.last:
             self.leases.remove(holding)
+
+    def _end_without_last(self) -> None:
+        """A dead lease, too, covers the event of its last id."""
+        self.leases = [each for each in self.leases if each.last in self.events]
 
     # -- what is there
 

@@ -697,3 +697,61 @@ def test_a_new_database_is_no_outbox_that_was_there_before(tmp_path: Path) -> No
         with contextlib.closing(sqlite3.connect(tmp_path / name)) as connection:
             ids.add(connection.execute("SELECT value FROM meta WHERE name = 'outbox_id'").fetchone()[0])
     assert len(ids) == 2
+
+
+# -- pages that a disk has written to the wrong places: whole, and SQLite finds nothing wrong with them
+
+
+def swap_leaves(path: Path, first: int, second: int) -> None:
+    leaves = leaf_pages(path)
+    data = path.read_bytes()
+    for here, there in ((first, second), (second, first)):
+        at = (leaves[there] - 1) * PAGE
+        overwrite(path, (leaves[here] - 1) * PAGE, data[at : at + PAGE])
+
+
+def delivered_bodies(outbox: Outbox) -> list[bytes]:
+    """All that leaves, by the steps of a sender: leased, read, confirmed where nothing is there, acknowledged."""
+    found: list[bytes] = []
+    for _ in range(200):
+        lease = outbox.lease(40, 60, batch=10)
+        if not isinstance(lease, Lease):
+            assert lease.reason == "empty"
+            return found
+        through = lease.first - 1
+        while True:
+            rows = outbox.rows(through + 1, lease.last)
+            if not rows:
+                outbox.confirm(lease)
+                outbox.release(lease)
+                break
+            found += [row.body for row in rows]
+            through = rows[-1].id
+            if outbox.ack(lease, through) is None or through >= lease.last:
+                break
+    raise AssertionError("delivery goes on for ever")
+
+
+@pytest.mark.parametrize("places", [(1, 5), (0, -2), (3, 4), (-3, -1)], ids=str)
+def test_leaves_that_changed_places_hold_delivery_up_for_a_moment_at_most(
+    outbox_factory: MakeOutbox, folder: Path, places: tuple[int, int]
+) -> None:
+    before = fill(folder)
+    swap_leaves(folder / "outbox.db", *places)
+    outbox = outbox_factory()
+    assert set(delivered_bodies(outbox)) == {each for number, each in before.items() if number > DEAD}
+    assert outbox.pending() == 0
+    assert outbox.put(b'{"messageId":"new"}', 1)
+    assert delivered_bodies(outbox) == [b'{"messageId":"new"}']
+
+
+@pytest.mark.parametrize("limit", [0, PENDING + 100])
+def test_a_last_leaf_that_changed_places_refuses_no_event(outbox_factory: MakeOutbox, folder: Path, limit: int) -> None:
+    """The highest id is looked up in the last leaf: it is that of an event that is there already."""
+    before = fill(folder)
+    swap_leaves(folder / "outbox.db", 2, -1)
+    outbox = outbox_factory()
+    assert outbox.put(b'{"messageId":"new"}', 1, limit)
+    bodies = {row.body for row in outbox.rows(0, 1 << 60)}
+    assert bodies == {each for number, each in before.items() if number > DEAD} | {b'{"messageId":"new"}'}
+    assert kept_sets(folder)

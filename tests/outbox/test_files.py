@@ -7,6 +7,7 @@ import os
 import shutil
 import sqlite3
 import stat
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from segment_durable import connections, database_file
+from segment_durable import Client, connections, database_file
 from segment_durable.database_file import sync_file
 from segment_durable.errors import NotAnOutbox, OutboxError, OutboxUnavailable, SourceMismatch
 from segment_durable.outbox import Outbox
@@ -535,3 +536,34 @@ def test_being_refused_leaves_no_descriptor(
     with pytest.raises(NotAnOutbox):
         outbox_factory()
     assert descriptors() == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="descriptors are no small numbers here")
+def test_no_file_of_an_outbox_takes_the_place_of_stdout_or_stderr(tmp_path: Path) -> None:
+    """Where these were closed, as by a daemon: what is printed later would go into it."""
+    code = """
+import os, sys
+for fd in (0, 1, 2):
+    os.close(fd)
+from segment_durable.clock import SystemClock
+from pathlib import Path
+from segment_durable.outbox import Outbox
+outbox = Outbox(Path(sys.argv[1]), SystemClock())
+outbox.put(b"1", 1)
+for fd in (0, 1, 2):
+    try:
+        os.write(fd, b"printed")
+    except OSError:
+        pass
+outbox.close()
+"""
+    folder = tmp_path / "outbox"
+    assert subprocess.run([sys.executable, "-c", code, folder], check=False).returncode == 0
+    for path in folder.iterdir():
+        assert b"printed" not in path.read_bytes(), path.name
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="names are Unicode here")
+def test_a_folder_whose_name_is_no_text_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(OutboxUnavailable, match=r"\\udcff: is not UTF-8"):
+        Client("key", outbox_dir=os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))

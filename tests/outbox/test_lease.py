@@ -478,3 +478,48 @@ def test_stats_are_of_one_moment(outbox: Outbox, worker: Worker) -> None:
     assert len(worker.receive()) == 300
     assert all(each.balanced for each in seen)
     assert outbox.stats().accepted == 300
+
+
+def test_the_last_id_of_a_lease_is_that_of_an_event(outbox: Outbox, clock: FakeClock) -> None:
+    """Also where it is cut to whole batches and events in its middle were erased: what remains of it is never empty."""
+    for number in range(1, 31):
+        outbox.put(b"%d" % number, 1)
+    outbox.erase(range(14, 21))
+    lease = outbox.lease(40, 60, batch=10)
+    assert isinstance(lease, Lease)
+    assert (lease.first, lease.last) == (1, 30)
+    outbox.release(lease)
+    outbox.put(b"31", 1)
+    outbox.erase([21, 22, 23, 30])
+    lease = outbox.lease(40, 60, batch=20)
+    assert isinstance(lease, Lease)
+    assert (lease.first, lease.last) == (1, 13)
+
+
+@pytest.mark.parametrize("how", ["erase", "expire"])
+def test_a_lease_whose_last_event_was_removed_meanwhile_is_lost(outbox: Outbox, clock: FakeClock, how: str) -> None:
+    """While its holder was frozen.  A lease without an event would look like damage."""
+    for number in range(1, 4):
+        outbox.put(b"%d" % number, 1)
+    lease = outbox.lease(3, 60)
+    assert isinstance(lease, Lease)
+    clock.advance(61)
+    if how == "erase":
+        assert outbox.erase([3]) == 1
+    else:
+        assert len(outbox.expire(clock.time() + 1)) == 3
+    assert outbox.extend(lease, 60) is None
+    outbox.confirm(lease)
+    assert outbox.ack(lease, 3) is None
+
+
+def test_a_lease_that_is_held_and_has_no_event_is_damage(outbox: Outbox) -> None:
+    outbox.put(b"1", 1)
+    lease = outbox.lease(1, 60)
+    assert isinstance(lease, Lease)
+    outbox.confirm(lease)
+    with outbox.db.write() as connection:
+        connection.execute("DELETE FROM event")  # as it looks where its page has changed places with another
+    outbox.confirm(lease)  # once more, on the database that is in its place now
+    assert outbox.stats().pending == 0
+    assert len(list(outbox.db.folder.glob("*.damaged-*"))) >= 1
