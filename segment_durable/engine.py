@@ -108,9 +108,11 @@ class Engine:
 
     def leave(self, member: Member) -> bool:
         """A client was shut down; whether it was the last."""
+        if all(each is member for each in list(self.members)):
+            return True  # and it stays, for there may be something to be told at the end
         self.members.discard(member)
         self._is_first_gone = self._is_first_gone or member.config is self.config
-        return not self.members
+        return False
 
     def put(self, body: bytes, appended_at: int, message: dict[str, Any], config: Config) -> bool | None:
         """Append; whether it was accepted, or None if this engine has been closed: then another is to be attached.
@@ -142,7 +144,8 @@ class Engine:
             end = self.clock.boot() + 2 * self.config.timeout
             return self.sender.drain(self.outbox.last_id(), end)
         except OutboxError as problem:
-            self._refused(problem, None)
+            if not self.closed:  # by another thread; the event is on disk
+                self._refused(problem, None)
             return False
 
     def close(self, timeout: float) -> bool:

@@ -52,9 +52,10 @@ def attach(
     if _lock.is_owned():
         raise OutboxBusy("the call was made by a signal handler while its thread was opening or closing an outbox")
     with _lock:
-        engine = _engines.get(key)
-        if engine is not None and (engine.closed or engine.is_forsaken_for(member)):
-            engine.close(0.0)
+        engine, forsaken = _engines.get(key), None
+        if engine is not None and engine.is_forsaken_for(member):
+            engine, forsaken = None, engine
+        elif engine is not None and engine.closed:
             engine = None
         if engine is None:
             engine = Engine(
@@ -62,6 +63,8 @@ def attach(
             )
             _engines[key] = engine
         engine.join(member)
+    if forsaken is not None:
+        forsaken.close(0.0)
     engine.outbox.db.damage.tell()  # not before: a callback may make a client, and that takes the lock
     return engine
 

@@ -157,9 +157,12 @@ class Sender:
                 self._call_after_inline()
 
     def _call_after_inline(self) -> None:
-        with contextlib.suppress(IndexError):
-            while True:
-                self._after_inline.pop()()
+        while True:
+            try:
+                then = self._after_inline.pop()
+            except IndexError:
+                return
+            then()
 
     def _deliver_inline(self, target: int, end: float | None) -> bool:
         if self._closed:

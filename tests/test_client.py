@@ -796,6 +796,23 @@ def test_a_client_that_was_shut_down_is_not_called_any_more(make_client: MakeCli
     assert called == ["second"]
 
 
+def test_the_last_of_two_clients_is_told_what_is_left_to_be_told(make_client: MakeClient) -> None:
+    refused = 0
+
+    def on_error(problem: Exception, items: object) -> None:
+        nonlocal refused
+        assert isinstance(problem, OutboxFull)
+        refused += problem.refused
+
+    first = make_client(max_queue_size=1, deliver=False)
+    second = make_client(max_queue_size=1, deliver=False, on_error=on_error)
+    first.shutdown(0)
+    for _ in range(5):
+        second.track("u", "e")
+    second.shutdown(0)
+    assert refused == 4
+
+
 def test_callbacks_are_called_without_events_that_were_damaged(make_client: MakeClient, tmp_path: Path) -> None:
     """By a bit in a page, of which SQLite notices nothing."""
     told: list[list[dict[str, Any]]] = []
