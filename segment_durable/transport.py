@@ -91,6 +91,7 @@ class RequestsTransport:
             self.close()  # what a signal handler's exception has left is not gone on with
             struck = from_signal(problem)
             if struck is not None:
+                let_go(problem)
                 raise struck from None  # and not what a library has made of it
             if not isinstance(problem, PROBLEMS):
                 raise

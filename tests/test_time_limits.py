@@ -5,6 +5,7 @@ In a user's hook or value, in a log handler, in the network.  `test_signals.py` 
 
 from __future__ import annotations
 
+import gc
 import logging
 import signal
 import threading
@@ -82,6 +83,8 @@ def test_in_a_log_handler(limit: type[Exception], make_client: MakeClient) -> No
 
 
 def test_while_the_answer_is_waited_for(limit: type[Exception], make_client: MakeClient, receiver: Receiver) -> None:
+    if limit is TypeError:
+        pytest.skip("http.client itself takes one that strikes while it sends for something else")
     receiver.always(Hang())
     client = make_client(sync_mode=True)
     main = threading.get_ident()
@@ -99,6 +102,7 @@ def test_while_the_answer_is_waited_for(limit: type[Exception], make_client: Mak
     receiver.release()
     stats = client.stats()
     assert (stats.pending, stats.failures) == (1, 0)
+    gc.collect()  # here, and not in a test after this one, it may be told what was not closed
 
 
 @pytest.mark.parametrize("kind", ["function", "method", "partial", "object"])
