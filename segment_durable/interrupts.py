@@ -8,21 +8,32 @@ from types import CodeType
 
 __all__ = ["from_signal"]
 
+_MAX_DEPTH = 8  # of exceptions within each other
+
 
 def from_signal(problem: BaseException | None) -> BaseException | None:
-    """The exception that a signal handler of the program raised, be it this one or its cause; None if none did.
+    """The exception that a signal handler of the program raised, be it this one or what it was made of; None if none.
 
     A time limit, say, is for the caller and nobody else.  It may be of any class, `TimeoutError` above all, and comes
     up in whatever was being done.
     """
-    codes = {_code(signal.getsignal(number)) for number in signal.valid_signals()}
-    while problem is not None:
-        trace = problem.__traceback__
-        while trace is not None:
-            if trace.tb_frame.f_code in codes:
-                return problem
-            trace = trace.tb_next
-        problem = problem.__cause__  # and not its context: the call may have been made where another is being handled
+    return _find(problem, {_code(signal.getsignal(number)) for number in signal.valid_signals()}, _MAX_DEPTH)
+
+
+def _find(problem: BaseException | None, codes: set[CodeType | None], depth: int) -> BaseException | None:
+    if problem is None or not depth:
+        return None
+    # The innermost: urllib3 gives the traceback of one to another that it makes of it.  But not by its context, which
+    # is another one where the call was made while that was being handled.
+    for inner in (problem.__cause__, *problem.args):
+        found = _find(inner, codes, depth - 1) if isinstance(inner, BaseException) else None
+        if found is not None:
+            return found
+    trace = problem.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code in codes:
+            return problem
+        trace = trace.tb_next
     return None
 
 

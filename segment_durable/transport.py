@@ -75,10 +75,10 @@ class RequestsTransport:
             connections = route.pool.num_connections
             try:
                 response = route.open(head, body, timeout)
-            except ProtocolError:
+            except ProtocolError as problem:
                 # A host may close an idle connection just when the next request is on its way: that is no failure.
                 timeout = end - time.monotonic()
-                if route.pool.num_connections != connections or timeout <= 0:
+                if route.pool.num_connections != connections or timeout <= 0 or from_signal(problem):
                     raise
                 response = route.open(head, body, timeout)
             try:
