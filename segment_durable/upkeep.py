@@ -181,6 +181,8 @@ class Upkeep:
         return given > 0
 
     def _complain(self, problem: BaseException, *, exc_info: bool = False) -> None:
+        if self._ending.is_set() and threading.current_thread() is self._thread:
+            return  # the files may have been closed under it: who ends it syncs once more, and complains
         times = self._trouble.tick()
         if times:
             log.error("the outbox's files can't be kept in order (%d times): %s", times, problem, exc_info=exc_info)

@@ -120,6 +120,30 @@ def test_a_thread_whose_start_was_interrupted_is_started_by_the_next_write(
     assert syncs.wait_for(1)
 
 
+def test_a_thread_that_ends_does_not_complain_of_files_that_were_closed_meanwhile(
+    outbox: Outbox, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A shutdown in no time does not wait for it."""
+    entered, leave = threading.Event(), threading.Event()
+    real = outbox.db.wal.sync
+    keeper = Upkeep(outbox.db, SystemClock())
+
+    def sync() -> None:
+        if threading.current_thread() is keeper._thread:
+            entered.set()
+            leave.wait(10)
+            raise StorageError("the outbox has been closed", "SQLITE_MISUSE")
+        real()
+
+    monkeypatch.setattr(outbox.db.wal, "sync", sync)
+    outbox.put(BODY, 1)
+    assert entered.wait(10)
+    assert not keeper.stop(0)
+    leave.set()
+    assert keeper.stop(10)
+    assert caplog.records == []
+
+
 def test_with_full_each_commit_is_synced_by_sqlite_and_not_again(tmp_path: Path, syncs: Signals) -> None:
     outbox = Outbox(tmp_path / "full", SystemClock(), full=True)
     keeper = Upkeep(outbox.db, SystemClock())
