@@ -42,30 +42,24 @@ def whole(method: Callable[Concatenate[Owner, P], R]) -> Callable[Concatenate[Ow
 
 def with_reserve(method: Callable[Concatenate[Owner, P], R]) -> Callable[Concatenate[Owner, P], R]:
     """On a full disk: free the reserve, and do it once more.  Nothing was changed by what failed."""
-
-    @whole
-    @wraps(method)
-    def trying(self: Owner, /, *args: P.args, **named: P.kwargs) -> R:
-        try:
-            return method(self, *args, **named)
-        except StorageError as problem:
-            if not self.db.space.make_room(problem):
-                raise
-        return method(self, *args, **named)
-
-    return trying
+    return _once_more(method, lambda owner, problem: owner.db.space.make_room(problem))
 
 
 def after_damage(method: Callable[Concatenate[Owner, P], R]) -> Callable[Concatenate[Owner, P], R]:
     """Read once more if the database was damaged: another has taken its place."""
+    return _once_more(method, lambda _, problem: is_damage(problem))
 
+
+def _once_more(
+    method: Callable[Concatenate[Owner, P], R], may_help: Callable[[Owner, StorageError], bool]
+) -> Callable[Concatenate[Owner, P], R]:
     @whole
     @wraps(method)
     def trying(self: Owner, /, *args: P.args, **named: P.kwargs) -> R:
         try:
             return method(self, *args, **named)
         except StorageError as problem:
-            if not is_damage(problem):
+            if not may_help(self, problem):
                 raise
         return method(self, *args, **named)
 
