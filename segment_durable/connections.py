@@ -18,10 +18,8 @@ from segment_durable.admission import Admission, disk_full
 from segment_durable.damage import Damage
 from segment_durable.database_file import (
     PAGE_SIZE,
-    Files,
     connect,
     connect_for_reading,
-    identify,
     roll_back,
     unavailable,
 )
@@ -30,6 +28,7 @@ from segment_durable.identity import Damaged
 from segment_durable.locks import LockFile
 from segment_durable.quarantine import finish
 from segment_durable.reserve import Reserve
+from segment_durable.shared_locks import Files, close_unused, hold, identify, let_go
 from segment_durable.sqlite_errors import SQLITE_PROBLEMS, is_damage, storage_error
 
 __all__ = [
@@ -310,6 +309,7 @@ class Connections:
             raise StorageError("the outbox has been closed", "SQLITE_MISUSE")
         self.lock.acquire(WRITE_TIMEOUT)
         old, self._connection = self._connection, None
+        old_files = set(self.files or ())
         connection = None
         try:
             aside = finish(self.path)
@@ -325,7 +325,9 @@ class Connections:
             self._close_spare()
             self._spare = connect_for_reading(self.path)
             self.generation = self.lock.generation()
-            self._connection, self.files = connection, identify(self.path)
+            files = identify(self.path)
+            hold(self.path, files, self)
+            self._connection, self.files = connection, files
             self._damage.look_for_sets(connection, aside)
             if not self._reserve.make():
                 self._admission.refuse(disk_full())
@@ -342,6 +344,9 @@ class Connections:
         finally:
             if old is not None:
                 old.close()  # after the new one was opened: the last one to be closed makes a checkpoint
+            gone = old_files.difference(self.files or ())
+            let_go(gone, self)
+            close_unused(gone)
             self.lock.release()
         return connection
 
@@ -386,9 +391,11 @@ class Connections:
             self.lock.release()
 
     def _close_leaving(self) -> None:
+        let_go(self.files or (), self)
         while self._leaving:
             self._leaving[-1].close()
             self._leaving.pop()
+        close_unused(self.files or ())
 
 
 # Classes, and no generators: one of those that a signal handler's exception has left behind would go on to its

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import sqlite3
 import stat
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
-from typing import TypeAlias
 from urllib.parse import quote
 
 from segment_durable.errors import NotAnOutbox, OutboxUnavailable
@@ -23,13 +21,10 @@ __all__ = [
     "DATABASE_NAME",
     "PAGE_SIZE",
     "WAL_LIMIT_BYTES",
-    "Files",
     "connect",
     "connect_for_reading",
     "create",
     "file_size",
-    "hold_inherited_locks",
-    "identify",
     "make_folder",
     "roll_back",
     "sync_file",
@@ -132,57 +127,6 @@ def _migrate(connection: sqlite3.Connection, path: Path) -> None:
     except BaseException:
         roll_back(connection)
         raise
-
-
-Files: TypeAlias = tuple[tuple[int, int], tuple[int, int]]
-"""Which files the database and its shared memory are: device and number of each."""
-
-
-def identify(path: Path) -> Files:
-    """The files of the database at `path`, to which a connection is open."""
-    database, memory = os.stat(path), os.stat(f"{path}-shm")
-    return (database.st_dev, database.st_ino), (memory.st_dev, memory.st_ino)
-
-
-def hold_inherited_locks(path: Path, files: Files) -> list[int]:
-    """In a child forked while a connection was open to those `files`: take the two locks that SQLite believes in here.
-
-    SQLite keeps the number of its POSIX locks in memory, which the child inherits; the locks themselves it does not.
-    A connection opened in the child therefore takes neither the shared lock on the database nor the one on the shared
-    memory, and another process that closes or opens the database takes it for unused, and deletes the WAL.  The
-    descriptors are returned and must stay open for as long as the process lives: closing them drops the locks.
-
-    Raises `OSError` if the locks can't be had, or too late: when the last of the others closed the database it deleted
-    the shared memory, and a connection opened here would go on with the inherited one, which nobody else sees.
-    """
-    if os.name == "nt":
-        return []
-    import fcntl
-
-    held: list[int] = []
-    try:
-        # In this order: nobody deletes the shared memory once the database is locked.
-        for name, first, length, wanted in (
-            (str(path), 0x40000002, 510, files[0]),
-            (f"{path}-shm", 128, 1, files[1]),
-        ):
-            fd = os.open(name, os.O_RDWR | os.O_CLOEXEC)
-            held.append(fd)
-            found = os.fstat(fd)
-            if (found.st_dev, found.st_ino) != wanted:
-                if len(held) == 1:
-                    return held  # another database has taken its place, of which SQLite remembers nothing
-                raise OSError(errno.ESTALE, "all others have closed it since the fork")
-            fcntl.lockf(fd, fcntl.LOCK_SH | fcntl.LOCK_NB, length, first)
-    except OSError as problem:
-        for fd in held:
-            os.close(fd)
-        if isinstance(problem, FileNotFoundError):
-            if not held:
-                return held  # another database will be made
-            raise OSError(errno.ESTALE, "all others have closed it since the fork") from problem
-        raise
-    return held
 
 
 def make_folder(folder: Path) -> None:

@@ -13,11 +13,11 @@ from typing import Any
 
 from segment_durable.clock import Clock, SystemClock
 from segment_durable.connections import abandon_connections, living_connections
-from segment_durable.database_file import Files, hold_inherited_locks
 from segment_durable.engine import Engine, Member
 from segment_durable.errors import OutboxBusy, OutboxError, OutboxUnavailable
 from segment_durable.locks import abandon_inherited
 from segment_durable.logs import get_log
+from segment_durable.shared_locks import Files, abandon, hold_inherited
 from segment_durable.threads import PatientLock
 from segment_durable.transport import Transport
 
@@ -144,7 +144,7 @@ def _start_anew(*, hooked: bool) -> None:
     """In a forked child: forget what belongs to the parent."""
     global _lock, _pid, _engines, _unusable, _is_ready
     lock_files, connections = abandon_inherited(), abandon_connections()
-    _inherited.append((lock_files, connections, _engines))
+    _inherited.append((lock_files, connections, _engines, abandon()))
     for each in connections:
         if each.is_suspended:
             continue
@@ -157,7 +157,7 @@ def _start_anew(*, hooked: bool) -> None:
     for path, files in _haunted.items():
         try:
             if _unusable is None:
-                _inherited.append(hold_inherited_locks(path, files))
+                _inherited.append(hold_inherited(path, files))
         except OSError as problem:
             _unusable = _forked_unlocked(path, problem)
     _engines, _lock, _is_ready = {}, PatientLock(), False

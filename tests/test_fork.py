@@ -10,6 +10,7 @@ import mmap
 import multiprocessing
 import os
 import select
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -299,7 +300,8 @@ def test_multiprocessing(
 
 
 @in_c
-def test_a_fork_in_c_keeps_the_wal_that_the_child_writes(make_client: MakeClient, tmp_path: Path) -> None:
+@pytest.mark.parametrize("between", ["", "closed", "copied"])
+def test_a_fork_in_c_keeps_the_wal_that_the_child_writes(make_client: MakeClient, tmp_path: Path, between: str) -> None:
     """As uWSGI forks: no hook runs, so the child inherits an open connection with SQLite's idea of its locks.
 
     Without the two locks that the child takes by itself, another process that opens or closes the database takes it
@@ -312,6 +314,10 @@ def test_a_fork_in_c_keeps_the_wal_that_the_child_writes(make_client: MakeClient
 
     def work() -> None:
         assert client.track("child", "1")[0]
+        if between == "closed":
+            client.shutdown()  # and the parent's connection is in the child's memory still
+        elif between == "copied" and sys.platform.startswith("linux"):  # see test_beside.py
+            shutil.copytree(tmp_path / "outbox", tmp_path / "copy")
         os.write(from_child, b"x")
         assert os.read(to_child, 1) == b"x"
         assert client.track("child", "2")[0]

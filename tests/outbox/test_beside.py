@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -152,3 +154,30 @@ def test_a_folder_in_the_place_of_the_reserve(
         assert worker.call("put", b"{}", 1)
     assert outbox.stats().balanced
     assert [each.name for each in reserve.iterdir()] == inside
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux has locks that outlive such a copy")
+@pytest.mark.parametrize("others", [0, 1], ids=["its only outbox", "and has closed another"])
+def test_files_copied_by_a_process_that_has_them_open(
+    worker_factory: MakeWorker, outbox_factory: MakeOutbox, folder: Path, tmp_path: Path, others: int
+) -> None:
+    """Closing a copied file drops all POSIX locks of the process on it: the next one to close is not the last one."""
+    outbox = outbox_factory()
+    assert outbox.put(BEFORE[0], 1)
+    for _ in range(others):
+        outbox_factory().close()
+    shutil.copytree(folder, tmp_path / "backup")
+    other = worker_factory()
+    assert other.call("put", BEFORE[1], 1)
+    other.close()
+    assert (folder / "outbox.db-wal").exists()
+    assert outbox.put(BEFORE[2], 1)
+    for _ in range(2):  # the first one opens what the others have open, the second what they have left
+        assert bodies(outbox) == BEFORE[:3]
+        reader = worker_factory()
+        assert [row.body for row in reader.call("rows", 0, 100)] == BEFORE[:3]
+        reader.close()
+        outbox.close()
+        outbox = outbox_factory()
+    outbox.close()
+    assert not (folder / "outbox.db-wal").exists()
