@@ -25,7 +25,7 @@ from segment_durable.database_file import (
 )
 from segment_durable.errors import OutboxError, StorageError
 from segment_durable.identity import Damaged
-from segment_durable.locks import LockFile
+from segment_durable.locks import LOCK_NAME, LockFile
 from segment_durable.quarantine import finish
 from segment_durable.reserve import Reserve
 from segment_durable.shared_locks import Files, close_unused, hold, identify, let_go
@@ -89,6 +89,10 @@ class Connections:
         if connection is None or self.lock.generation() != self.generation:
             return self._open()
         return connection
+
+    def is_in_place(self) -> bool:
+        """Whether the outbox's files are those that are open here, as far as the lock file tells."""
+        return self.lock.is_at(self.path.with_name(LOCK_NAME))
 
     @property
     def is_writing(self) -> bool:

@@ -16,15 +16,13 @@ from segment_durable.damage import Damage
 from segment_durable.database_file import DATABASE_NAME, PAGE_SIZE, make_folder, roll_back, unavailable
 from segment_durable.errors import OutboxBusy, StorageError
 from segment_durable.filesystem import check_filesystem
-from segment_durable.locks import LockFile
+from segment_durable.locks import LOCK_NAME, LockFile
 from segment_durable.reserve import Reserve
 from segment_durable.space import Space
 from segment_durable.sqlite_errors import SQLITE_PROBLEMS, is_damage, storage_error
 from segment_durable.wal import Wal
 
-__all__ = ["LOCK_NAME", "Database"]
-
-LOCK_NAME = "outbox.lock"
+__all__ = ["Database"]
 
 
 class Database:
@@ -62,7 +60,7 @@ class Database:
 
     def is_in_place(self) -> bool:
         """Whether the outbox's files are those that are open here, as far as the lock file tells."""
-        return self.lock.is_at(self.folder / LOCK_NAME)
+        return self.connections.is_in_place()
 
     def is_same_as(self, other: Database) -> bool:
         """Whether both are open on the same file."""

@@ -24,7 +24,9 @@ from pathlib import Path
 from segment_durable.errors import OutboxBusy, OutboxUnavailable, StorageError
 from segment_durable.threads import PatientLock
 
-__all__ = ["LockFile", "abandon_inherited"]
+__all__ = ["LOCK_NAME", "LockFile", "abandon_inherited"]
+
+LOCK_NAME = "outbox.lock"
 
 _WRITER = 0
 _FIRST_SLOT, _LAST_SLOT = 1 << 10, 1 << 30

@@ -164,7 +164,7 @@ class Wal:
             return
         if size > WAL_LIMIT_BYTES and self.is_too_long():
             self._admission.refuse(held_by_reader())
-        elif not self._reserve.exists():
+        elif not self._reserve.exists() and self._connections.is_in_place():  # or it went with the folder
             self._admission.refuse(disk_full())
 
     def _look_soon(self) -> None:

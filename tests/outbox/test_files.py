@@ -150,6 +150,14 @@ def test_a_database_that_was_deleted_is_told_and_nobody_goes_on_writing_into_it(
     assert told == ([("segment.durable.outbox", True)] if left == "reserve" else [])
 
 
+def test_a_folder_that_was_renamed_is_not_taken_for_a_full_disk(outbox: Outbox, folder: Path) -> None:
+    """The reserve's absence is the sign of that; here it went with all the other files, which are written to still."""
+    outbox.put(b"x", 1)
+    folder.rename(folder.with_name("elsewhere"))
+    for number in range(100):
+        assert outbox.put(b"x" * 10_000, number)
+
+
 def test_a_reopening_that_failed_is_tried_again(outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise OSError(24, "Too many open files")
