@@ -150,11 +150,13 @@ class Delivery:
 
     def close(self) -> None:
         """Give up what is leased and close the connections."""
-        if self._delivered is not None:
-            with contextlib.suppress(OutboxError):
-                self._ack(self._delivered)
-        self._give_up()
-        self._uploader.close()
+        try:
+            if self._delivered is not None:
+                with contextlib.suppress(OutboxError):
+                    self._ack(self._delivered)
+        finally:  # a callback may call sys.exit()
+            self._give_up()
+            self._uploader.close()
 
     def abandon(self) -> None:
         """For when a step was ended by an exception that is none of ours, a signal handler's: as if we had died there.
@@ -305,12 +307,11 @@ class Delivery:
         if not self._work:
             self._lease = None
 
-    def _drop(self) -> Lease | None:
-        lease, self._lease = self._lease, None
+    def _drop(self) -> None:
+        self._lease = None
         self._work.clear()
         self._delivered = None
         self._failure = None
-        return lease
 
     def _note_odd_answer(self, outcome: Outcome) -> None:
         """A 2xx is a 2xx, but one that is a web page comes from a proxy or a wrong host: said once."""

@@ -103,7 +103,7 @@ class Sender:
             return True
         if end is not None and end <= self._clock.boot():
             return False  # and nothing is sent that nobody waits for: it might have to be sent again
-        if any(worker.is_current() for worker in self._workers):
+        if any(worker.is_current() for worker in (*self._workers, *self._leaving)):
             return False  # a callback: its thread is the one that would have to deliver
         if not self.start():
             return self.drain(target, end)

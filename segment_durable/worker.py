@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import Literal
 
 from segment_durable.clock import Clock
 from segment_durable.config import Config
@@ -107,13 +108,15 @@ class Worker:
                     self._note(step, self._began)
                     self._wait_after(step)
         finally:
-            if self._delivery is not None:
-                self._delivery.close()
-            with self._end_lock:
-                self._ended = True
-                callbacks = list(self._on_end)
-            for callback in callbacks:
-                callback()
+            try:
+                if self._delivery is not None:
+                    self._delivery.close()
+            finally:  # that may call a callback, which may call sys.exit()
+                with self._end_lock:
+                    self._ended = True
+                    callbacks = list(self._on_end)
+                for callback in callbacks:
+                    callback()
 
     def _is_under_way(self) -> bool:
         return self._delivery is not None and self._delivery.is_under_way
@@ -121,8 +124,12 @@ class Worker:
     def _try_step(self) -> Step | None:
         """One step, or None to look again."""
         try:
-            if not (self._is_under_way() or self._fill()):
+            filled = "full" if self._is_under_way() else self._fill()
+            if filled == "again":
                 return None
+            if filled == "empty":
+                # Not leased all the same: what is appended by then is to wait for its batch.
+                return Step("empty", seconds=None)
             self._began = self._clock.boot()  # before the look whether to hurry: see `Sender.flush`
             hurry, self._hurry = self._hurry, False
             # Made in this thread, at the first need: it imports what the callers don't need.
@@ -143,8 +150,8 @@ class Worker:
                 return
         self._clock.wait(self.event, _LOOK if step.seconds is None else min(step.seconds, 3600.0))
 
-    def _fill(self) -> bool:
-        """Wait until the next batch is full, for `upload_interval` at most; False to look again.
+    def _fill(self) -> Literal["full", "empty", "again"]:
+        """Wait until the next batch is full, for `upload_interval` at most; "again": look again.
 
         Nothing is waited for while a flush is on, nor while others have all that may be leased.  Any lease of another
         process is a reason not to wait for long: its holder may have died, and what it had has waited long enough.
@@ -154,30 +161,33 @@ class Worker:
         while not self.stopping:
             self._arm(_NEVER)  # before the look: what is appended meanwhile is counted twice rather than not at all
             pending, leases, foreign = 0, 0, 0
+            has_rows = False
             if self._through is not None:
                 pending = self._outbox.newest() - self._through
             if pending <= 0:
                 try:
+                    # Before the counters, which may be damaged: what is there leaves whatever they say.
+                    has_rows = self._outbox.first_id() is not None
                     pending, leases, foreign = self._outbox.load()
                 except OutboxError:
-                    return True  # the step meets the same trouble and reports it
+                    return "full"  # the step meets the same trouble and reports it
             if pending == 0:
                 self.wake_at = 1
                 if self.appended:  # since the look
                     self.event.set()
-                return True
+                return "full" if has_rows else "empty"
             missing = self._config.upload_size - pending
             now = self._clock.boot()
             if missing <= 0 or self._flush_to or now >= end or leases >= self._config.thread:
-                return True
+                return "full"
             if foreign > 0 and now >= began + _FOREIGN_LOOK:
-                return True
+                return "full"
             self.wake_at = missing
             if self.appended >= missing or self._flush_to or self.stopping:
                 continue
             if not self._clock.wait(self.event, min(end - now, _FOREIGN_LOOK)):
                 self._through = None  # others may have appended, or died: look at the disk
-        return False
+        return "again"
 
     def _arm(self, events: int) -> None:
         self.event.clear()
