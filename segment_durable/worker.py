@@ -161,13 +161,10 @@ class Worker:
         while not self.stopping:
             self._arm(_NEVER)  # before the look: what is appended meanwhile is counted twice rather than not at all
             pending, leases, foreign = 0, 0, 0
-            has_rows = False
             if self._through is not None:
                 pending = self._outbox.newest() - self._through
             if pending <= 0:
                 try:
-                    # Before the counters, which may be damaged: what is there leaves whatever they say.
-                    has_rows = self._outbox.first_id() is not None
                     pending, leases, foreign = self._outbox.load()
                 except OutboxError:
                     return "full"  # the step meets the same trouble and reports it
@@ -175,7 +172,7 @@ class Worker:
                 self.wake_at = 1
                 if self.appended:  # since the look
                     self.event.set()
-                return "full" if has_rows else "empty"
+                return "empty"
             missing = self._config.upload_size - pending
             now = self._clock.boot()
             if missing <= 0 or self._flush_to or now >= end or leases >= self._config.thread:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -319,6 +321,18 @@ def test_a_lease_whose_events_are_gone_is_damage_and_is_told(bench: Bench) -> No
         connection.execute("DELETE FROM event")
     assert sender.step().kind == "lost"
     assert len(told) == 1
+
+
+def test_counters_that_do_not_know_of_an_event_are_found_to_be_damaged(make_client: MakeClient, tmp_path: Path) -> None:
+    told = threading.Event()
+    client = make_client(upload_interval=3600, on_error=lambda problem, items: told.set())
+    client.track("u", "e")
+    with contextlib.closing(sqlite3.connect(tmp_path / "outbox" / "outbox.db")) as connection:
+        connection.execute("UPDATE state SET delivered = delivered + 1")
+        connection.commit()
+    assert told.wait(20)
+    assert client.flush(20)
+    assert client.stats().delivered == 1
 
 
 @pytest.mark.parametrize("thread", [1, 3])
