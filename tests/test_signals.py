@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import random
 import shutil
 import sys
 import threading
@@ -52,6 +53,11 @@ CALLS: dict[str, tuple[dict[str, Any], Callable[[Client], object]]] = {
 }
 
 
+def first_place(long: bool) -> tuple[int, int]:
+    """Where to begin, and how far to the next: with `--long` each place, without every third one, others each time."""
+    return (0, 1) if long else (random.randrange(3), 3)
+
+
 @pytest.mark.timeout(240)
 @pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning"
@@ -60,7 +66,7 @@ CALLS: dict[str, tuple[dict[str, Any], Callable[[Client], object]]] = {
 @pytest.mark.parametrize("call", CALLS)
 @in_its_own_thread
 def test_a_signal_handler_at_any_place_of_a_call_ends_and_costs_no_event(
-    call: str, handler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call: str, handler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, long: bool
 ) -> None:
     transports: list[ScriptedTransport] = []
 
@@ -71,7 +77,7 @@ def test_a_signal_handler_at_any_place_of_a_call_ends_and_costs_no_event(
     monkeypatch.setattr(engine, "RequestsTransport", make_transport)
     folder = tmp_path / "outbox"
     settings, prepare = CALLS[call]
-    places = 0
+    places, step = first_place(long)
     while True:
         transports.clear()
         client = Client("test", outbox_dir=folder, upload_interval=60, on_error=lambda *_: None, **settings)
@@ -107,7 +113,7 @@ def test_a_signal_handler_at_any_place_of_a_call_ends_and_costs_no_event(
         shutil.rmtree(folder)
         if not interruption.happened:
             break
-        places += 1
+        places += step
     assert places > 20
     gc.collect()  # here, and not in a test after this one, it may be told what was not closed
 
@@ -130,11 +136,11 @@ ENDS: dict[str, Callable[[Client], object]] = {
 @pytest.mark.parametrize("call", ENDS)
 @in_its_own_thread
 def test_a_signal_handler_that_raises_at_any_place_of_these_leaves_a_client_that_works(
-    call: str, mode: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call: str, mode: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, long: bool
 ) -> None:
     """Ctrl-C during a flush, above all."""
     monkeypatch.setattr(engine, "RequestsTransport", lambda _: ScriptedTransport())
-    places = 0
+    places, step = first_place(long)
     while True:
         folder = tmp_path / str(places)
         client = Client("test", outbox_dir=folder, upload_interval=60, **mode)
@@ -164,7 +170,7 @@ def test_a_signal_handler_that_raises_at_any_place_of_these_leaves_a_client_that
         shutil.rmtree(folder)
         if not interruption.happened:
             break
-        places += 1
+        places += step
     assert places > 20
     gc.collect()
 
