@@ -26,6 +26,18 @@ from .test_steps import fail_once, throttled
 MakeClient = Callable[..., Client]
 
 
+class LateAnswer:
+    """Of a receiver that takes a post, and says so when it is due."""
+
+    def __init__(self) -> None:
+        self.is_asked, self.is_due = threading.Event(), threading.Event()
+
+    def __call__(self, _: Post) -> int:
+        self.is_asked.set()
+        assert self.is_due.wait(10)
+        return 200
+
+
 def test_a_halving_that_rests_goes_on_where_it_was(bench: Bench) -> None:
     """Begun anew at each call it would never end in sync_mode, at a receiver too slow for a halving in one call."""
     bench.put(8)
@@ -289,23 +301,17 @@ def test_a_delivery_inline_that_is_stopped_meanwhile_is_closed(bench: Bench) -> 
 def test_a_thread_that_was_told_to_end_before_is_waited_for_until_the_files_are_closed(bench: Bench) -> None:
     bench.configure(upload_interval=0)
     bench.put(1)
-    arrived, answered, closed = threading.Event(), threading.Event(), threading.Event()
-
-    def answer(_: Post) -> int:
-        arrived.set()
-        assert answered.wait(10)
-        return 200
-
+    closed, answer = threading.Event(), LateAnswer()
     own = bench.sender(answer)
     sender = Sender(bench.outbox, bench.config, bench.clock, lambda: own.delivery)
     assert sender.start()
-    assert arrived.wait(10)
+    assert answer.is_asked.wait(10)
     try:
         assert not sender.stop(0.0, lambda: None)
         assert not sender.close(0.0, closed.set)
         assert not closed.is_set()
     finally:
-        answered.set()
+        answer.is_due.set()
     assert closed.wait(10)
     assert bench.pending() == []
 
@@ -352,23 +358,17 @@ def test_what_a_dead_process_had_leased_does_not_wait_for_a_batch_to_fill(
 
 def test_a_stop_says_that_another_thread_delivers_inline_still(bench: Bench) -> None:
     bench.put(1)
-    arrived, answered, ended = threading.Event(), threading.Event(), threading.Event()
-
-    def answer(_: Post) -> int:
-        arrived.set()
-        assert answered.wait(10)
-        return 200
-
+    ended, answer = threading.Event(), LateAnswer()
     own = bench.sender(answer)
     sender = Sender(bench.outbox, bench.config, bench.clock, lambda: own.delivery)
     thread = threading.Thread(target=sender.drain, args=(1, None))
     thread.start()
     try:
-        assert arrived.wait(10)
+        assert answer.is_asked.wait(10)
         assert sender.stop(0.0, ended.set) is False
         assert not ended.is_set()
     finally:
-        answered.set()
+        answer.is_due.set()
         thread.join(10)
     assert ended.is_set()
 
