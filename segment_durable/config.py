@@ -93,7 +93,7 @@ class Config:
 
     @property
     def lease(self) -> float:
-        """Seconds that one lease lasts: long enough for one slow upload with its token request and its second try."""
+        """Seconds that one lease lasts, at first: long enough for a slow upload, and for most that need a token."""
         return max(float(self.lease_seconds), 4.0 * self.timeout)
 
     @cached_property  # or a client would go on in another folder after a chdir() or a change of the environment

@@ -15,7 +15,7 @@ from segment_durable.errors import DeliveryError, EventsExpired, OutboxError
 from segment_durable.logs import get_log
 from segment_durable.outbox import Outbox
 from segment_durable.records import Backoff, Lease, NotNow
-from segment_durable.retry import Action, Decision, RetryPolicy
+from segment_durable.retry import Action, RetryPolicy, action, put_off
 from segment_durable.upload import Uploader
 
 __all__ = ["Delivery", "Reporter", "Step"]
@@ -43,8 +43,7 @@ class _Failure:
     """An attempt that delivered nothing, and what follows from it."""
 
     error: DeliveryError
-    backoff: Backoff
-    exhausted: bool  # on_error is to be called
+    change: Callable[[Backoff], Backoff]  # of the shared backoff
     events: bytes
 
 
@@ -102,6 +101,7 @@ class Delivery:
         self._delivered: Batch | None = None
         self._failure: _Failure | None = None
         self._tried = (0, 0)  # id of the first event of the last failed batch; attempts so far, rate limits included
+        self._lease_seconds = config.lease
         self._next_expiry = 0.0
         self._through = 0  # the last event that was delivered here
         self._odd_answer = ""
@@ -123,7 +123,7 @@ class Delivery:
             limit = size * (_BATCHES_A_LEASE if threads == 1 else 1)
             self._token = secrets.token_bytes(16)
             found = self._outbox.lease(
-                limit, self._config.lease, batch=size, max_leases=threads, hurry=hurry, token=self._token
+                limit, self._lease_seconds, batch=size, max_leases=threads, hurry=hurry, token=self._token
             )
             if isinstance(found, NotNow):
                 return Step(found.reason, seconds=found.seconds, exhausted=found.exhausted)
@@ -133,20 +133,22 @@ class Delivery:
         if batch is None:
             return Step("lost")
         attempt = max(self._lease.attempt, self._tried[1] if self._tried[0] == batch.first else 0)
+        began = self._clock.boot()
         outcome = self._uploader.upload(batch.events, attempt, within=within)
+        self._fit_lease(began)
         if outcome.kind is Kind.DELIVERED:
             self._note_odd_answer(outcome)
             self._delivered = batch
             return self._ack(batch)
-        before = self._outbox.backoff()
-        decision = self._policy.decide(outcome, batch.count, before, self._clock.boot(), self._random)
-        log.debug("batch of %d events: %s", batch.count, decision.reason)
-        if decision.action is Action.SPLIT:
+        log.debug("batch of %d events: %s (%d)", batch.count, outcome.kind.value, outcome.status)
+        what = action(outcome.kind, batch.count)
+        if what is Action.SPLIT:
             return self._split(batch)
-        if decision.action is Action.BURY:
-            return self._bury(batch, outcome, before)
+        if what is Action.BURY:
+            return self._bury(batch, outcome)
         self._tried = (batch.first, attempt + 1)
-        return self._fail(batch, outcome, decision)
+        now, chance = self._clock.boot(), self._random()
+        return self._fail(batch, outcome, lambda before: self._policy.after(outcome, before, now, chance))
 
     def close(self) -> None:
         """Give up what is leased and close the connections."""
@@ -183,10 +185,13 @@ class Delivery:
         if lease is None:
             return
         try:
-            backoff = None if self._failure is None else self._failure.backoff
+            failure = self._failure
             self._cuts = [last for _, last in self._work]
             self._drop()
-            self._outbox.release(lease, backoff)
+            if failure is None:
+                self._outbox.release(lease)
+            else:
+                self._outbox.fail(lease, failure.change)
         except OutboxError:
             self._outbox.forget(lease.token)
         except BaseException:  # a signal handler's
@@ -196,8 +201,8 @@ class Delivery:
     def _next_batch(self) -> Batch | None:
         assert self._lease is not None
         lease = self._lease
-        if lease.deadline - self._clock.boot() < self._config.lease / 2:
-            extended = self._outbox.extend(lease, self._config.lease)
+        if lease.deadline - self._clock.boot() < self._lease_seconds / 2:
+            extended = self._outbox.extend(lease, self._lease_seconds)
             if extended is None:
                 self._drop()
                 return None
@@ -214,6 +219,20 @@ class Delivery:
             self._drop()
             return None
         return pack(rows, self._write_key, self._config.upload_size)
+
+    def _fit_lease(self, began: float) -> None:
+        """After an upload that had begun then, on the boot clock.
+
+        An upload has no bound of its own: names are looked up without one, and each address gets the `timeout`.  One
+        that took longer than its lease gets twice the time, or two senders would take the same events from each other
+        for ever.
+        """
+        assert self._lease is not None
+        now = self._clock.boot()
+        if now >= self._lease.deadline:
+            self._lease_seconds *= 2
+        elif now - began < self._config.lease / 2:
+            self._lease_seconds = self._config.lease
 
     def _ack(self, batch: Batch) -> Step:
         assert self._lease is not None
@@ -241,7 +260,7 @@ class Delivery:
         self._work += [(middle + 1, batch.last), (batch.first, middle)]
         return Step("split")
 
-    def _bury(self, batch: Batch, outcome: Outcome, before: Backoff) -> Step:
+    def _bury(self, batch: Batch, outcome: Outcome) -> Step:
         assert self._lease is not None
         buried = self._outbox.bury(
             self._lease,
@@ -259,36 +278,39 @@ class Delivery:
                 f"{self._config.max_dead_letters} dead letters are kept (max_dead_letters) and another event was "
                 "refused: delivery waits until some are removed (segment-durable requeue, segment-durable erase)"
             )
-            after = replace(before, not_before=self._clock.boot() + _DEAD_LETTERS_FULL_WAIT, told=False, reported=True)
             full = Outcome(outcome.kind, outcome.status, "dead_letters_full", message)
-            return self._fail(batch, full, Decision(Action.WAIT, message, after, exhausted=not before.reported))
+            now = self._clock.boot()
+            return self._fail(
+                batch,
+                full,
+                lambda before: replace(put_off(before, now, now + _DEAD_LETTERS_FULL_WAIT), reported=True),
+            )
         self._done_through(batch.last)
         log.warning("an event was refused by itself (%d, %s): it is kept in the dead letters", *_said(outcome))
         self._reporter.failed(DeliveryError(outcome.status, outcome.code, outcome.message), [batch.events])
         return Step("buried", 1)
 
-    def _fail(self, batch: Batch, outcome: Outcome, decision: Decision) -> Step:
-        assert decision.backoff is not None
+    def _fail(self, batch: Batch, outcome: Outcome, change: Callable[[Backoff], Backoff]) -> Step:
         error = DeliveryError(outcome.status, outcome.code, outcome.message)
-        backoff = replace(decision.backoff, last_error=str(error), last_error_at=self._clock.time())
-        self._failure = _Failure(error, backoff, decision.exhausted, batch.events)
+        now = self._clock.time()
+        self._failure = _Failure(
+            error, lambda before: replace(change(before), last_error=str(error), last_error_at=now), batch.events
+        )
         return self._release(self._failure)
 
     def _release(self, failure: _Failure) -> Step:
         """If the outbox fails here the lease is kept, so that nobody sends before the backoff could be stored."""
         assert self._lease is not None
-        released = self._outbox.release(self._lease, failure.backoff)
+        held, before, after = self._outbox.fail(self._lease, failure.change)
         self._cuts = [last for _, last in self._work]
         self._drop()
-        if not released:
-            return Step("lost")
-        if failure.exhausted:
+        if after.reported and not before.reported:
             log.error("not delivered, the events stay in the outbox and are tried on: %s", failure.error)
-            self._reporter.failed(failure.error, [failure.events])
+            # If the lease was lost, another sender may have delivered them.
+            self._reporter.failed(failure.error, [failure.events] if held else [])
         else:
             log.info("not delivered, will be tried again: %s", failure.error)
-        backoff = failure.backoff
-        return Step("failed", seconds=max(0.0, backoff.not_before - self._clock.boot()), exhausted=backoff.reported)
+        return Step("failed", seconds=max(0.0, after.not_before - self._clock.boot()), exhausted=after.reported)
 
     def _expire(self) -> None:
         if self._config.max_age is None or self._clock.boot() < self._next_expiry:

@@ -15,7 +15,7 @@
 
 A lease is one row that covers a range of ids, so an event is "leased" by where its id lies and leasing writes O(1).
 Every ack, release and bury names the lease's token in the same transaction; a token that is not there any more means
-that the lease was lost to another sender, and nothing is changed.
+that the lease was lost to another sender, and no event is touched.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from segment_durable.leases import AHEAD, between, end_lease, end_without_last, 
 from segment_durable.records import Backoff, DeadLetter, Lease, NotNow, OutboxStats, Row
 from segment_durable.soundness import TOTALS_KINDS, UNSOUND_BODY, all_sound, are_books_sound, malformed, sound
 from segment_durable.source import claim
-from segment_durable.views import TOTALS, read_backoff, read_leases, read_stats
+from segment_durable.views import TOTALS, read_leases, read_stats
 
 __all__ = ["Outbox", "other_source"]
 
@@ -285,17 +285,27 @@ class Outbox:
         return True
 
     @with_reserve
-    def release(self, lease: Lease, backoff: Backoff | None = None) -> bool:
-        """Not delivered: the rest of the lease is pending again, and `backoff`, if given, binds all senders.
+    def release(self, lease: Lease) -> bool:
+        """Give the lease up: the rest of it is pending again.  False if it was lost already."""
+        with self.db.write() as connection:
+            removed = connection.execute("DELETE FROM lease WHERE token = ?", (lease.token,)).rowcount
+        self.db.lock.held.discard(lease.token)
+        return bool(removed)
 
-        False if the lease was lost; then `backoff` is not stored either.
+    @with_reserve
+    def fail(self, lease: Lease, change: Callable[[Backoff], Backoff]) -> tuple[bool, Backoff, Backoff]:
+        """Not delivered: the rest of the lease is pending again, and `change` makes the backoff that binds all senders.
+
+        Whether the lease had not been lost, and the backoffs before and after.  It is changed all the same if the lease
+        was lost: an attempt was made, and failed.
         """
         with self.db.write() as connection:
             removed = connection.execute("DELETE FROM lease WHERE token = ?", (lease.token,)).rowcount
-            if removed and backoff is not None:
-                store_backoff(connection, self._clock, backoff)
+            before = current_backoff(connection, self._clock)
+            after = change(before)
+            store_backoff(connection, self._clock, after)
         self.db.lock.held.discard(lease.token)
-        return bool(removed)
+        return bool(removed), before, after
 
     def forget(self, token: bytes) -> None:
         """Give a lease up without touching the disk, for when that fails: the next `lease()` finds it dead."""
@@ -415,11 +425,6 @@ class Outbox:
         own = len(self.db.lock.held)  # nearly: leases come and go meanwhile
         last, _, delivered, buried, erased, expired, _, _, leases = self._totals()
         return last - delivered - buried - erased - expired, leases, leases - own
-
-    @after_damage
-    def backoff(self) -> Backoff:
-        with self.db.read() as connection:
-            return read_backoff(connection, self._clock)
 
     @after_damage
     def stats(self) -> OutboxStats:

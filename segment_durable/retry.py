@@ -1,8 +1,7 @@
-"""What follows from an outcome: an immutable policy that decides and does nothing."""
+"""What follows from an outcome: pure functions that decide and do nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, cast
@@ -12,7 +11,7 @@ import tenacity
 from segment_durable.answers import Kind, Outcome
 from segment_durable.records import Backoff
 
-__all__ = ["Action", "Decision", "RetryPolicy"]
+__all__ = ["Action", "RetryPolicy", "action", "put_off"]
 
 FIRST_WAIT = 0.5  # seconds; doubles with each failure
 LONGEST_WAIT = 60.0
@@ -21,20 +20,32 @@ _exponential = tenacity.wait_exponential(multiplier=FIRST_WAIT, max=LONGEST_WAIT
 
 
 class Action(Enum):
+    """What to do with a batch."""
+
     ACK = "ack"
     WAIT = "wait"
     SPLIT = "split"
     BURY = "bury"
 
 
-@dataclass(frozen=True)
-class Decision:
-    """What to do with a batch, and why."""
+def action(kind: Kind, count: int) -> Action:
+    """For a batch of `count` events."""
+    if kind is Kind.DELIVERED:
+        return Action.ACK
+    if kind is Kind.REJECTED:
+        return Action.SPLIT if count > 1 else Action.BURY
+    return Action.WAIT
 
-    action: Action
-    reason: str
-    backoff: Backoff | None = None  # WAIT: the new shared backoff
-    exhausted: bool = False  # WAIT: the budget has just been used up, on_error is to be called
+
+def put_off(before: Backoff, now: float, until: float, *, told: bool = False) -> Backoff:
+    """`before` with its end at `until`; `told`: by the receiver.
+
+    A wait that the receiver asked for, and that is not over `now`, gets no shorter: it may have told another sender
+    while this one was at its attempt.
+    """
+    if before.told and before.not_before > now:
+        return replace(before, not_before=max(before.not_before, until))
+    return replace(before, not_before=until, told=told)
 
 
 @dataclass(frozen=True)
@@ -50,55 +61,39 @@ class RetryPolicy:
     max_total_backoff: float = 43_200.0
     max_rate_limit: float = 1_800.0
 
-    def decide(
-        self, outcome: Outcome, count: int, before: Backoff, now: float, random: Callable[[], float]
-    ) -> Decision:
-        """The decision for a batch of `count` events.
+    def after(self, outcome: Outcome, before: Backoff, now: float, chance: float) -> Backoff:
+        """The shared backoff after an attempt that calls for `Action.WAIT`.
 
-        `before` is the shared backoff so far, `now` the boot clock in seconds, `random` gives numbers in [0, 1).
+        `before` is that until then, `now` the boot clock in seconds, `chance` a random number in [0, 1).  `reported`
+        is set with the attempt that uses up the budget.
         """
-        if outcome.kind is Kind.DELIVERED:
-            return Decision(Action.ACK, "delivered")
-        if outcome.kind is Kind.REJECTED:
-            if count > 1:
-                return Decision(Action.SPLIT, f"refused ({outcome.status}): something in the batch is to blame")
-            return Decision(Action.BURY, f"refused by itself ({outcome.status})")
         if outcome.kind is Kind.THROTTLED:
             return self._throttled(outcome, before, now)
-        return self._failed(outcome, before, now, random)
+        return self._failed(outcome, before, now, chance)
 
-    def _throttled(self, outcome: Outcome, before: Backoff, now: float) -> Decision:
+    def _throttled(self, outcome: Outcome, before: Backoff, now: float) -> Backoff:
         since = now if before.first_throttle is None else before.first_throttle
-        after = replace(before, not_before=now + outcome.retry_after, told=True, first_throttle=since)
-        spent = now + outcome.retry_after - since > self.max_rate_limit
-        return _wait(f"told to wait {outcome.retry_after:g} s", before, after, spent)
+        until = now + outcome.retry_after
+        spent = until - since > self.max_rate_limit
+        after = put_off(before, now, until, told=True)
+        return replace(after, first_throttle=since, reported=before.reported or spent)
 
-    def _failed(self, outcome: Outcome, before: Backoff, now: float, random: Callable[[], float]) -> Decision:
+    def _failed(self, outcome: Outcome, before: Backoff, now: float, chance: float) -> Backoff:
         failures = before.failures + 1
         since = now if before.first_failure is None else before.first_failure
         hopeless = outcome.kind in (Kind.UNAUTHORISED, Kind.MISDIRECTED)
         spent = hopeless or failures > self.max_retries or now - since >= self.max_total_backoff
         # Full jitter spreads the retries of many hosts; the longest wait keeps its lower half, so that a host that
         # will not come back soon is not asked too often.
-        delay = LONGEST_WAIT * (0.5 + random() / 2) if spent else random() * _ceiling(failures)
-        after = replace(
-            before,
-            not_before=now + delay,
-            told=False,
+        delay = LONGEST_WAIT * (0.5 + chance / 2) if spent else chance * _ceiling(failures)
+        after = put_off(before, now, now + delay)
+        return replace(
+            after,
             failures=failures,
             first_failure=since,
-            first_throttle=None,
+            first_throttle=before.first_throttle if after.told else None,
+            reported=before.reported or spent,
         )
-        return _wait(f"{outcome.kind.value}, attempt {failures}", before, after, spent)
-
-
-def _wait(reason: str, before: Backoff, after: Backoff, spent: bool) -> Decision:
-    return Decision(
-        Action.WAIT,
-        reason,
-        replace(after, reported=before.reported or spent),
-        exhausted=spent and not before.reported,
-    )
 
 
 def _ceiling(failures: int) -> float:

@@ -112,12 +112,10 @@ def mixed(box: Outbox) -> Outbox:
     assert box.bury(lease, 2, status=400, code="invalid_event", answer='{"error": "no \x1b[31m"}', max_dead=10)
     lease = take(box, 2)
     now = SystemClock()
-    assert box.release(
-        lease,
-        Backoff(
-            now.boot() + 300, failures=3, first_failure=now.boot(), last_error="503 \x1b", last_error_at=time.time()
-        ),
+    failed = Backoff(
+        now.boot() + 300, failures=3, first_failure=now.boot(), last_error="503 \x1b", last_error_at=time.time()
     )
+    box.fail(lease, lambda _: failed)
     take_hurried = box.lease(2, 60, hurry=True)
     assert isinstance(take_hurried, Lease)
     return box

@@ -137,7 +137,7 @@ def test_a_frozen_process_that_wakes_up_leaves_alone_what_another_has_taken_over
         frozen.thaw()
         if isinstance(first, Hang):
             frozen.wait_for(upload)
-        frozen.wait_for("step lost")
+        frozen.wait_for("step failed" if isinstance(first, Hang) else "step lost")
         stats = observer.stats()
         assert (stats.pending, stats.leased, stats.delivered, stats.dead) == (3, len(taken_over), 0, 0)
         assert stats.balanced

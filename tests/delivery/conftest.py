@@ -12,9 +12,11 @@ import pytest
 from segment_durable.config import Config
 from segment_durable.delivery import Delivery, Reporter, Step
 from segment_durable.outbox import Outbox
+from segment_durable.records import Backoff
 from segment_durable.testing.clock import FakeClock
 from segment_durable.testing.scripted import Post, Reply, ScriptedTransport
 from segment_durable.upload import Uploader
+from segment_durable.views import read_backoff
 
 WRITE_KEY = "a-write-key-of-tests"
 HOST = "http://receiver.test"
@@ -131,6 +133,10 @@ class Bench:
 
     def dead(self) -> list[int]:
         return [int(json.loads(letter.body)["messageId"]) for letter in self.outbox.dead_letters()]
+
+    def backoff(self) -> Backoff:
+        with self.outbox.db.read() as connection:
+            return read_backoff(connection, self.clock)
 
     def check_books(self) -> None:
         stats = self.outbox.stats()

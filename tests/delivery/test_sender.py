@@ -203,7 +203,7 @@ def test_a_rest_does_not_give_up_what_failed_before_the_wait_could_be_stored(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench.put(3)
-    fail_once(monkeypatch, bench.outbox, "release", times=2)
+    fail_once(monkeypatch, bench.outbox, "fail", times=2)
     sender, other = bench.sender([throttled(60)]), bench.sender()
     with pytest.raises(StorageError):
         sender.step()

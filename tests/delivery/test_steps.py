@@ -133,7 +133,7 @@ def test_any_retryable_status_that_says_when_is_a_rate_limit(bench: Bench, statu
     bench.put()
     step = bench.sender([throttled(7, status)]).step()
     assert (step.kind, step.seconds, bench.outbox.stats().failures) == ("failed", 7, 0)
-    assert bench.outbox.backoff().told
+    assert bench.backoff().told
 
 
 @pytest.mark.parametrize(
@@ -226,6 +226,43 @@ def test_a_success_that_was_under_way_does_not_end_a_wait_that_the_receiver_aske
     assert bench.pending() == [3, 4, 5, 6]
 
 
+@pytest.mark.parametrize("late", [503, 404, throttled(5)], ids=["503", "404", "throttled"])
+def test_another_failure_that_was_under_way_does_not_shorten_it_either(bench: Bench, late: Reply) -> None:
+    bench.configure(thread=2)
+    bench.put(200)
+    other = bench.sender([throttled(100)])
+
+    def meanwhile(_: Post) -> Reply:
+        assert other.step().kind == "failed"
+        bench.clock.advance(1)
+        return late
+
+    assert bench.sender(meanwhile).step().seconds == 99
+    assert bench.sender().step(hurry=True).seconds == 99
+
+
+def test_of_two_refusals_that_find_the_dead_letters_full_one_is_reported_and_a_told_wait_holds(bench: Bench) -> None:
+    bench.configure(thread=3, upload_size=1, max_dead_letters=0)
+    bench.put(3)
+    reports = Reports()
+    throttled_one = bench.sender([throttled(100)])
+
+    def meanwhile(_: Post) -> Reply:
+        assert throttled_one.step().kind == "failed"
+        return 400
+
+    other = bench.sender(meanwhile, reports=reports)
+
+    def with_another(_: Post) -> Reply:
+        assert other.step().exhausted
+        return 400
+
+    step = bench.sender(with_another, reports=reports).step()
+    assert (step.seconds, step.exhausted) == (100, True)
+    assert [error.code for error in reports.errors if isinstance(error, DeliveryError)] == ["dead_letters_full"]
+    assert bench.backoff().told
+
+
 def test_a_jump_of_the_wall_clock_changes_nothing_about_a_wait(bench: Bench) -> None:
     bench.put()
     sender = bench.sender([throttled(60)])
@@ -241,7 +278,7 @@ def test_a_rate_limit_holds_also_if_it_could_not_be_stored_at_first(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put = bench.put(3)
-    fail_once(monkeypatch, bench.outbox, "release", times=2)
+    fail_once(monkeypatch, bench.outbox, "fail", times=2)
     sender, other = bench.sender([throttled(60)]), bench.sender()
     for _ in range(2):
         with pytest.raises(StorageError):
@@ -258,7 +295,7 @@ def test_a_rate_limit_holds_also_if_it_could_not_be_stored_at_first(
 
 def test_a_wait_that_was_not_stored_is_stored_by_close(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.put(3)
-    fail_once(monkeypatch, bench.outbox, "release")
+    fail_once(monkeypatch, bench.outbox, "fail")
     sender = bench.sender([throttled(60)])
     with pytest.raises(StorageError):
         sender.step()
@@ -270,7 +307,7 @@ def test_a_release_that_never_succeeds_leaves_a_lease_that_dies_with_its_holder(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put = bench.put(3)
-    fail_once(monkeypatch, bench.outbox, "release", times=100)
+    fail_once(monkeypatch, bench.outbox, "fail", times=100)
     sender = bench.sender([503])
     with pytest.raises(StorageError):
         sender.step()
@@ -538,9 +575,7 @@ def test_events_leave_in_the_order_in_which_they_were_put_whatever_happens(bench
 
 
 @pytest.mark.parametrize("count", [1, 4])
-@pytest.mark.parametrize(
-    "late", [200, 503, 404, 400, 413, throttled(100)], ids=["200", "503", "404", "400", "413", "throttled"]
-)
+@pytest.mark.parametrize("late", [200, 400, 413], ids=str)
 def test_an_answer_that_comes_after_the_lease_was_lost_changes_nothing(bench: Bench, count: int, late: Reply) -> None:
     put = bench.put(count)
     other_reports, reports = Reports(), Reports()
@@ -562,11 +597,40 @@ def test_an_answer_that_comes_after_the_lease_was_lost_changes_nothing(bench: Be
     assert other_reports.deliveries == [put]
     assert bench.pending() == [each + count for each in put]
     assert bench.dead() == []
-    assert bench.outbox.backoff().not_before == 0
+    assert bench.backoff().not_before == 0
     assert other.step().kind == "delivered"
 
 
-@pytest.mark.parametrize("late", [200, 503, 400], ids=str)
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize(
+    ("late", "seconds", "failures"),
+    [(503, 0.25, 1), (404, 45.0, 1), (throttled(100), 100.0, 0), (TransportError("dns", "no answer"), 0.25, 1)],
+    ids=["503", "404", "throttled", "dns"],
+)
+def test_an_attempt_that_failed_after_the_lease_was_lost_counts_and_what_was_told_binds(
+    bench: Bench, count: int, late: Reply, seconds: float, failures: int
+) -> None:
+    put = bench.put(count)
+    reports = Reports()
+    other = bench.sender()
+
+    def slow(_: Post) -> Reply:
+        bench.clock.advance(bench.config.lease + 1)
+        assert other.step().kind == "delivered"
+        bench.put(count)
+        return late
+
+    step = bench.sender(slow, reports=reports).step()
+    assert (step.kind, step.seconds, step.exhausted) == ("failed", seconds, late == 404)
+    # No events: by then another has delivered them.
+    assert [told for _, told in reports.failures] == ([[]] if late == 404 else [])
+    assert bench.outbox.stats().failures == failures
+    assert (bench.pending(), other.sent) == ([each + count for each in put], [put])
+    again = other.step()
+    assert (again.kind, again.seconds) == ("backoff", seconds)
+
+
+@pytest.mark.parametrize("late", [200, 400], ids=str)
 def test_an_answer_that_comes_while_another_has_the_lease_changes_nothing(bench: Bench, late: Reply) -> None:
     put = bench.put(4)
     reports = Reports()
@@ -629,7 +693,7 @@ def test_an_ack_that_failed_is_made_good_by_close(bench: Bench, monkeypatch: pyt
     assert sender.transport.closed == 1
 
 
-@pytest.mark.parametrize("method", ["joined", "rows", "bury", "ack", "extend", "release", "backoff", "lease"])
+@pytest.mark.parametrize("method", ["joined", "rows", "bury", "ack", "extend", "fail", "lease"])
 @pytest.mark.parametrize("after", range(8))
 def test_an_outbox_that_fails_anywhere_in_a_halving_loses_nothing(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, method: str, after: int

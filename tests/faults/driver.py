@@ -12,6 +12,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ class OutboxLife:
             self.attempt(outbox.release, lease)
         else:
             names = []
-            self.attempt(outbox.release, lease)
+            self.attempt(outbox.fail, lease, lambda before: replace(before, failures=before.failures + 1))
         outbox.forget(lease.token)  # as a sender does that gives up
         self.journal["perhaps_left" if done is None else "left"] += names
 
@@ -92,7 +93,7 @@ class OutboxLife:
         self.take(outbox, 4, "ack")
         self.attempt(outbox.db.space.give_back)
         self.attempt(outbox.db.wal.checkpoint, truncate=True)
-        self.take(outbox, 2, "release")
+        self.take(outbox, 2, "fail")
         self.attempt(outbox.requeue)
         self.put(outbox, 2, 100)
         self.close()

@@ -9,12 +9,20 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import CodeType, FrameType
 from typing import Any, ParamSpec
 
 from segment_durable.outbox import Outbox
+from segment_durable.records import Backoff
+from segment_durable.views import read_backoff
 
 P = ParamSpec("P")
+
+
+def becomes(after: Backoff) -> Callable[[Backoff], Backoff]:
+    """For `Outbox.fail`: the shared backoff becomes that, whatever it was.  Can be sent to another process."""
+    return functools.partial(replace, **vars(after))
 
 
 def bodies(outbox: Outbox) -> list[bytes]:
@@ -29,6 +37,12 @@ def wait_until(condition: Callable[[], bool]) -> None:
             return
         patience.wait(0.01)
     raise AssertionError("waited for 30 s")
+
+
+def backoff_of(outbox: Outbox) -> Backoff:
+    """The shared backoff as it is stored."""
+    with outbox.db.read() as connection:
+        return read_backoff(connection, outbox._clock)
 
 
 class Remembering(deque[Any]):

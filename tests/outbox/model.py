@@ -124,12 +124,15 @@ class Model:
         self._shrink(holding, event_id)
         return True
 
-    def release(self, holding: Holding, backoff: Backoff | None) -> bool:
+    def release(self, holding: Holding) -> bool:
         if holding not in self.leases:
             return False
         self.leases.remove(holding)
-        self.backoff = backoff or self.backoff
         return True
+
+    def fail(self, holding: Holding, after: Backoff) -> bool:
+        self.backoff = after
+        return self.release(holding)
 
     def extend(self, holding: Holding, deadline: float) -> bool:
         if holding not in self.leases:

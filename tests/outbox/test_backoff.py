@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -10,6 +11,7 @@ from segment_durable.outbox import Outbox
 from segment_durable.records import Backoff, Lease, NotNow
 from segment_durable.testing.clock import FakeClock
 
+from .common import backoff_of, becomes
 from .workers import Worker
 
 YEAR = 365 * 86_400.0
@@ -23,7 +25,9 @@ def fail(outbox: Outbox, clock: FakeClock, wait: float, *, told: bool = False, f
     assert isinstance(lease, Lease)
     now = clock.boot()
     backoff = Backoff(now + wait, told, failures, now - 2, now - 1 if told else None, False, "down", clock.time())
-    assert outbox.release(lease, backoff)
+    held, before, after = outbox.fail(lease, becomes(backoff))
+    assert (held, after) == (True, backoff)
+    assert before != backoff
     return backoff
 
 
@@ -38,9 +42,9 @@ def wait_left(answer: object) -> float:
 
 
 def test_a_backoff_comes_back_as_it_was_stored(outbox: Outbox, worker: Worker, clock: FakeClock) -> None:
-    assert outbox.backoff() == Backoff()
+    assert backoff_of(outbox) == Backoff()
     stored = fail(outbox, clock, 40, told=True, failures=3)
-    assert outbox.backoff() == stored
+    assert backoff_of(outbox) == stored
     assert worker.call("backoff") == stored
 
 
@@ -61,7 +65,7 @@ def test_whether_the_budget_is_used_up_is_told_with_the_wait(outbox: Outbox, clo
     assert outbox.lease(1, 60) == NotNow("backoff", 40, exhausted=False)
     lease = outbox.lease(1, 60, hurry=True)
     assert isinstance(lease, Lease)
-    outbox.release(lease, Backoff(clock.boot() + 50, failures=2, reported=True))
+    outbox.fail(lease, becomes(Backoff(clock.boot() + 50, failures=2, reported=True)))
     assert outbox.lease(1, 60) == NotNow("backoff", 50, exhausted=True)
 
 
@@ -99,7 +103,7 @@ def test_a_delivery_ends_the_backoff_and_keeps_the_last_error(outbox: Outbox, cl
     assert isinstance(lease, Lease)
     assert lease.attempt == 4
     outbox.ack(lease, lease.last)
-    after = outbox.backoff()
+    after = backoff_of(outbox)
     assert (after.not_before, after.failures, after.first_failure, after.told) == (0, 0, None, False)
     assert after.last_error == "down"
     stats = outbox.stats()
@@ -123,17 +127,27 @@ def test_a_late_success_ends_a_backoff_but_not_a_wait_that_the_receiver_asked_fo
 ) -> None:
     one, other = two_leases(outbox)
     stored = Backoff(clock.boot() + 40, told, 2, clock.boot(), None, False, "down", clock.time())
-    outbox.release(one, stored)
+    outbox.fail(one, becomes(stored))
     if way == "ack":
         assert outbox.ack(other, other.last) == 1
     else:
         assert outbox.bury(other, other.last, status=400, code="c", answer="", max_dead=9)
     if told:
-        assert outbox.backoff() == stored
+        assert backoff_of(outbox) == stored
         assert wait_left(outbox.lease(1, 60, hurry=True)) == 40
     else:
-        assert (outbox.backoff().not_before, outbox.backoff().failures) == (0, 0)
+        assert (backoff_of(outbox).not_before, backoff_of(outbox).failures) == (0, 0)
         assert isinstance(outbox.lease(1, 60), Lease)
+
+
+def test_of_two_attempts_that_fail_at_the_same_time_both_are_counted(outbox: Outbox) -> None:
+    def one_more(before: Backoff) -> Backoff:
+        return replace(before, failures=before.failures + 1)
+
+    for number, lease in enumerate(two_leases(outbox)):
+        _, before, after = outbox.fail(lease, one_more)
+        assert (before.failures, after.failures) == (number, number + 1)
+    assert backoff_of(outbox).failures == 2
 
 
 def test_a_release_without_a_backoff_leaves_the_stored_one(outbox: Outbox, clock: FakeClock) -> None:
@@ -141,7 +155,7 @@ def test_a_release_without_a_backoff_leaves_the_stored_one(outbox: Outbox, clock
     lease = outbox.lease(1, 60, hurry=True)
     assert isinstance(lease, Lease)
     outbox.release(lease)
-    assert outbox.backoff() == stored
+    assert backoff_of(outbox) == stored
 
 
 def test_a_backoff_survives_that_the_outbox_is_closed(outbox_factory: Callable[..., Outbox], clock: FakeClock) -> None:
@@ -150,7 +164,7 @@ def test_a_backoff_survives_that_the_outbox_is_closed(outbox_factory: Callable[.
     first.close()
     clock.advance(10)
     second = outbox_factory()
-    assert second.backoff() == stored
+    assert backoff_of(second) == stored
     assert wait_left(second.lease(1, 60)) == 30
 
 
@@ -170,7 +184,7 @@ def test_after_a_restart_of_the_machine_what_is_left_of_a_wait_is_waited(outbox:
     fail(outbox, clock, 200, told=True, failures=5)
     clock.reboot("boot-2", boot=7.0, off=80)
     assert wait_left(outbox.lease(1, 60)) == pytest.approx(120)
-    assert outbox.backoff().failures == 5
+    assert backoff_of(outbox).failures == 5
     clock.advance(119)
     assert wait_left(outbox.lease(1, 60)) == pytest.approx(1)
     clock.advance(1.001)
@@ -188,7 +202,7 @@ def test_after_a_restart_a_budget_counts_from_no_earlier_than_the_restart(outbox
     clock.advance(50_000)
     fail(outbox, clock, 10, told=True)
     clock.reboot("boot-2", boot=7.0, off=60)
-    after = outbox.backoff()
+    after = backoff_of(outbox)
     assert after.first_failure == after.first_throttle == 7.0
 
 

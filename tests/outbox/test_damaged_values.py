@@ -20,6 +20,8 @@ from segment_durable.quarantine import kept_sets
 from segment_durable.records import Backoff, Lease
 from segment_durable.testing.clock import FakeClock
 
+from .common import becomes
+
 MakeOutbox = Callable[..., Outbox]
 
 NOT_UTF8 = object()
@@ -103,7 +105,7 @@ def fill(folder: Path) -> None:
     for number in DEAD:
         assert outbox.bury(lease, number, status=400, code="c", answer="a", max_dead=99)
     assert outbox.ack(lease, 4) == 1
-    assert outbox.release(lease, Backoff(failures=2, last_error="503", last_error_at=5.0))
+    outbox.fail(lease, becomes(Backoff(failures=2, last_error="503", last_error_at=5.0)))
     outbox.close()
 
 
@@ -184,9 +186,9 @@ class Life:
             if self.outbox.bury(lease, number, status=400, code="c", answer="a", max_dead=99) is None:
                 break
 
-    def release(self) -> None:
+    def fail(self) -> None:
         lease = self.leased()
-        self.outbox.release(lease, Backoff(failures=1, first_failure=1.0))
+        self.outbox.fail(lease, becomes(Backoff(failures=1, first_failure=1.0)))
 
     def extend(self) -> None:
         self.outbox.extend(self.leased(), 60)
@@ -205,9 +207,6 @@ class Life:
     def last_id(self) -> None:
         assert self.outbox.last_id() >= 20
 
-    def backoff(self) -> None:
-        self.outbox.backoff()
-
     def dead_letters(self) -> None:
         assert len(self.outbox.dead_letters()) in (2, 3)
 
@@ -222,8 +221,8 @@ class Life:
 
 
 CALLS = [
-    *("put", "put_without_a_limit", "lease_more", "send_joined", "send_rows", "send_a_part", "bury", "release"),
-    *("extend", "expire", "stats", "pending", "last_id", "backoff", "dead_letters", "requeue", "erase", "erase_dead"),
+    *("put", "put_without_a_limit", "lease_more", "send_joined", "send_rows", "send_a_part", "bury", "fail"),
+    *("extend", "expire", "stats", "pending", "last_id", "dead_letters", "requeue", "erase", "erase_dead"),
 ]
 LEAVING = ("expire", "erase", "erase_dead", "requeue")
 

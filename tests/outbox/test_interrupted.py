@@ -17,7 +17,7 @@ from segment_durable.errors import OutboxBusy
 from segment_durable.outbox import Outbox
 from segment_durable.records import Backoff, Lease
 
-from .common import Interruption, bodies, in_its_own_thread
+from .common import Interruption, becomes, bodies, in_its_own_thread
 
 
 class TimeLimit(TimeoutError):
@@ -84,7 +84,8 @@ CALLS: dict[str, tuple[Callable[[Outbox], Any], Callable[[Outbox, Any], object]]
     "put": (lambda outbox: None, lambda outbox, _: outbox.put(b"interrupted", 1)),
     "lease": (lambda outbox: outbox.put(b"waits", 1), lambda outbox, _: outbox.lease(10, 60)),
     "ack": (leased, lambda outbox, lease: outbox.ack(lease, lease.last)),
-    "release": (leased, lambda outbox, lease: outbox.release(lease, Backoff(failures=1, not_before=1.0))),
+    "release": (leased, lambda outbox, lease: outbox.release(lease)),
+    "fail": (leased, lambda outbox, lease: outbox.fail(lease, becomes(Backoff(failures=1, not_before=1.0)))),
     "extend": (leased, lambda outbox, lease: outbox.extend(lease, 60)),
     "bury": (
         leased,

@@ -14,6 +14,7 @@ from segment_durable.outbox import Outbox
 from segment_durable.records import Backoff, Lease, NotNow, OutboxStats
 from segment_durable.testing.clock import FakeClock
 
+from .common import backoff_of, becomes
 from .workers import Worker
 
 YEAR = 365 * 86_400.0
@@ -35,7 +36,7 @@ def bury(outbox: Outbox, lease: Lease, event_id: int, max_dead: int = 9) -> bool
 
 
 def content(outbox: Outbox) -> tuple[object, ...]:
-    """All rows of all tables."""
+    """All rows of all tables, those of the backoff last."""
     with outbox.db.read() as connection:
         tables = ("event", "dead", "lease", "state", "backoff")
         return tuple(connection.execute(f"SELECT * FROM {each}").fetchall() for each in tables)
@@ -250,11 +251,19 @@ def test_a_stale_bury_changes_nothing(outbox: Outbox, stale: Lease) -> None:
     assert content(outbox) == before
 
 
-def test_a_stale_release_changes_nothing_and_stores_no_backoff(outbox: Outbox, stale: Lease, clock: FakeClock) -> None:
+def test_a_stale_release_changes_nothing(outbox: Outbox, stale: Lease) -> None:
     before = content(outbox)
     assert outbox.release(stale) is False
-    assert outbox.release(stale, Backoff(not_before=clock.boot() + 300, told=True, failures=7)) is False
     assert content(outbox) == before
+
+
+def test_a_stale_failure_changes_the_backoff_only(outbox: Outbox, stale: Lease, clock: FakeClock) -> None:
+    """It was an attempt all the same, and what the receiver has asked for binds."""
+    before = content(outbox)
+    told = Backoff(not_before=clock.boot() + 300, told=True, failures=7)
+    assert outbox.fail(stale, becomes(told)) == (False, Backoff(), told)
+    assert backoff_of(outbox) == told
+    assert content(outbox)[:-1] == before[:-1]
 
 
 def test_a_stale_extend_changes_nothing(outbox: Outbox, stale: Lease) -> None:

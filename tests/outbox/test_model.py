@@ -27,6 +27,7 @@ from hypothesis.stateful import (
 from segment_durable.records import Backoff, Lease, NotNow
 from segment_durable.testing.clock import FakeClock
 
+from .common import becomes
 from .implementations import make_outbox
 from .model import REBOOT_CAP, Holding, Model, Sender
 from .workers import Nursery
@@ -166,14 +167,13 @@ class OutboxMachine(RuleBasedStateMachine):
             answer = self.call(by, "bury", lease, first, status=400, code="bad", answer="no", max_dead=max_dead)
             assert answer == self.model.bury(holding, first, max_dead, now)
         elif how == "release":
-            assert self.call(by, "release", lease) == self.model.release(holding, None)
+            assert self.call(by, "release", lease) == self.model.release(holding)
         elif how == "back off":
             wait, told, failures = data.draw(st.tuples(waits, st.booleans(), st.integers(0, 3)))
             backoff = Backoff(now + wait, told, failures, now - 1, None, False, "unreachable", 1_700_000_000.0)
-            answer = self.call(by, "release", lease, backoff)
-            assert answer == self.model.release(holding, backoff)
-            if answer:
-                self.backoff_is_old = self.jumped_since_backoff = False
+            held, _, after = self.call(by, "fail", lease, becomes(backoff))
+            assert (held, after) == (self.model.fail(holding, backoff), backoff)
+            self.backoff_is_old = self.jumped_since_backoff = False
         else:
             longer = data.draw(durations)
             answer = self.call(by, "extend", lease, longer)

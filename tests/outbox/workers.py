@@ -19,13 +19,16 @@ from typing import Any
 
 if __name__ == "__main__":  # a nursery: this folder's package, whatever its name is, isn't imported
     sys.path.insert(0, str(Path(__file__).parent))
+    from common import backoff_of
     from implementations import make_outbox
 else:
+    from .common import backoff_of
     from .implementations import make_outbox
 
 import segment_durable.errors
 from segment_durable.errors import OutboxBusy
 from segment_durable.locks import abandon_inherited
+from segment_durable.records import Backoff
 from segment_durable.testing.clock import FakeClock
 
 __all__ = ["Died", "Nursery", "Worker", "work"]
@@ -232,6 +235,9 @@ class _Office:
         if self.outbox is not None:
             outbox, self.outbox = self.outbox, None
             outbox.close()
+
+    def do_backoff(self) -> Backoff:
+        return backoff_of(self.outbox)
 
     def do_put_many(self, count: int, prefix: bytes, limit: int) -> list[bytes]:
         """Put `count` events named after `prefix`; those that were accepted."""
