@@ -186,7 +186,7 @@ class Engine:
             successor.sender.start()
         self.close(0.0)
 
-    def complain(self, problem: OutboxError) -> None:
+    def complain(self, problem: ConfigError | OutboxError) -> None:
         """Tell, once in a while, of what keeps the outbox from being used."""
         self._refused(problem, None)
 
@@ -232,7 +232,7 @@ class Engine:
         log.error("%s", problem)
         self.reporter.call_on_error(problem, [])
 
-    def _refused(self, problem: OutboxError, message: dict[str, Any] | None) -> None:
+    def _refused(self, problem: ConfigError | OutboxError, message: dict[str, Any] | None) -> None:
         times = self._trouble_log.tick()
         if times:
             log.error("the outbox can't be written (%d times): %s", times, problem)

@@ -14,7 +14,7 @@ from typing import Any
 from segment_durable.clock import Clock, SystemClock
 from segment_durable.connections import abandon_connections, living_connections
 from segment_durable.engine import Engine, Member
-from segment_durable.errors import OutboxBusy, OutboxError, OutboxUnavailable
+from segment_durable.errors import ConfigError, OutboxBusy, OutboxError, OutboxUnavailable
 from segment_durable.locks import abandon_inherited
 from segment_durable.logs import get_log
 from segment_durable.shared_locks import Files, abandon, hold_inherited
@@ -89,20 +89,26 @@ def detach(engine: Engine, member: Member, timeout: float) -> bool:
 
 
 def _replace(engine: Engine) -> None:
-    """The files of that engine were deleted: its clients, and what waits in it, go on with new ones."""
+    """Its path does not lead to the files of that engine any more: its clients, and what waits in it, go on there.
+
+    They were deleted, or the path has a symbolic link in it that leads elsewhere now.
+    """
     try:
         with _lock:
-            key = engine.key
+            key = os.path.realpath(engine.config.outbox_path)
             successor = _engines.get(key)
             if successor is None or successor is engine:
                 successor = Engine(
                     engine.config, engine.clock, key=key, make_transport=engine.make_transport, on_gone=_replace
                 )
-                for member in list(engine.members):
-                    successor.join(member)
-                _engines[key] = successor
+            # One whose clients are all gone has its settings still: what waits in it must not go anywhere else.
+            for member in list(engine.members) or [Member(engine.config)]:
+                successor.join(member)
+            if _engines.get(engine.key) is engine:
+                del _engines[engine.key]
+            _engines[key] = successor
         engine.hand_over(successor)
-    except OutboxError as problem:  # the next attempt is a little later
+    except (ConfigError, OutboxError) as problem:  # the next attempt is a little later
         engine.complain(problem)
 
 

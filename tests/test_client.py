@@ -723,6 +723,56 @@ def test_clients_of_a_deleted_outbox_go_on_delivering_without_a_call(
     assert client.stats().pending == 0
 
 
+@pytest.mark.parametrize("also_another", [False, True])
+def test_clients_of_an_outbox_whose_path_leads_elsewhere_go_on_there_with_one_engine(
+    make_client: MakeClient, tmp_path: Path, also_another: bool
+) -> None:
+    """As where each release of a program has a folder, and a symbolic link leads to that of now."""
+    for release in ("old", "new"):
+        (tmp_path / release).mkdir(0o700)
+    link = tmp_path / "current"
+    link.symlink_to("old", target_is_directory=True)
+    told: list[Exception] = []
+    client = make_client(deliver=False, outbox_dir=link / "outbox", on_error=lambda problem, _: told.append(problem))
+    assert client.track("u", "before")[0]
+    other = make_client(deliver=False, outbox_dir=tmp_path / "new" / "outbox") if also_another else None
+    (tmp_path / "next").symlink_to("new", target_is_directory=True)
+    os.replace(tmp_path / "next", link)
+    assert client.track("u", "afterwards")[0]
+    wait_until(lambda: bool(told))
+    assert client.track("u", "later")[0]
+    (engine,) = process._engines.values()
+    assert engine.key == str(tmp_path / "new" / "outbox")
+    client.shutdown(0)
+    if other is not None:
+        assert other.stats().pending == 3
+        other.shutdown(0)
+    assert not process._engines
+    with contextlib.closing(Outbox(tmp_path / "new" / "outbox", SystemClock())) as outbox:
+        waiting = [json.loads(row.body)["event"] for row in outbox.rows(0, 1 << 60)]
+    assert sorted(waiting) == ["afterwards", "before", "later"]
+
+
+def test_events_of_an_outbox_whose_path_leads_to_that_of_another_host_now_stay_where_they_are(
+    make_client: MakeClient, tmp_path: Path
+) -> None:
+    for release in ("old", "new"):
+        (tmp_path / release).mkdir(0o700)
+    link = tmp_path / "current"
+    link.symlink_to("old", target_is_directory=True)
+    told: list[Exception] = []
+    client = make_client(deliver=False, outbox_dir=link / "outbox", on_error=lambda problem, _: told.append(problem))
+    other = make_client(deliver=False, outbox_dir=tmp_path / "new" / "outbox", host="http://127.0.0.1:9")
+    (tmp_path / "next").symlink_to("new", target_is_directory=True)
+    os.replace(tmp_path / "next", link)
+    assert client.track("u", "waits")[0]
+    wait_until(lambda: bool(told))
+    assert isinstance(told[0], ConfigError)
+    assert told[0].field == "host"
+    assert client.stats().pending == 1
+    assert other.stats().pending == 0
+
+
 def test_puts_while_an_outbox_that_was_moved_away_is_replaced_are_not_lost(
     make_client: MakeClient, tmp_path: Path
 ) -> None:
