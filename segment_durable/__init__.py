@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from segment_durable.clock import SystemClock as _SystemClock
 from segment_durable.config import DEFAULTS
 from segment_durable.errors import (
     ConfigError,
@@ -33,6 +34,8 @@ from segment_durable.errors import (
     SourceMismatch,
     StorageError,
 )
+from segment_durable.limiter import Limiter as _Limiter
+from segment_durable.logs import get_log as _get_log
 from segment_durable.records import OutboxStats
 from segment_durable.threads import PatientLock as _PatientLock
 from segment_durable.version import VERSION
@@ -181,11 +184,43 @@ else:
         return _default_client().stats()
 
 
-def _default_client() -> Client | _Unopened:
-    global default_client, _unopened
+class _Unloaded:
+    """What stands in for the client while its modules can't be loaded, as where no descriptor is left for them.
+
+    It accepts nothing, and raises nothing.
+    """
+
+    _log = _Limiter(60.0, _SystemClock())
+
+    def __init__(self, problem: OSError) -> None:
+        self._problem = StorageError(f"the package can't be loaded: {problem.strerror}", "SQLITE_CANTOPEN")
+
+    def __getattr__(self, name: str) -> Callable[..., tuple[bool, dict[str, Any]]]:
+        """`track` and the other calls that take an event; there is no message of it."""
+        return lambda *_, **__: (self.flush(), {})
+
+    def flush(self, timeout: float | None = None) -> bool:
+        times = self._log.tick()
+        if times:
+            _get_log("client").error("no event is accepted or sent (%d calls so far): %s", times, self._problem)
+        return False
+
+    def stats(self) -> OutboxStats:
+        raise self._problem
+
+
+def _default_client() -> Client | _Unopened | _Unloaded:
     client = default_client
     if client is not None:
         return client
+    try:
+        return _make_client()
+    except OSError as problem:
+        return _Unloaded(problem)
+
+
+def _make_client() -> Client | _Unopened:
+    global default_client, _unopened
     from segment_durable.client import Client
 
     with _lock:

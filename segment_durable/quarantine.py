@@ -21,8 +21,8 @@ import os
 import re
 import sqlite3
 import time
-from calendar import timegm
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 from segment_durable.database_file import sync_folder
@@ -31,7 +31,7 @@ from segment_durable.salvage import DAMAGE_FACT, salvage
 
 __all__ = ["finish", "kept_sets", "set_aside", "sets_since", "told_sets"]
 
-_SET = re.compile(r"outbox\.db\.damaged-(\d{8}T\d{6}Z)-\d+")
+_SET = re.compile(r"outbox\.db\.damaged-(\d{4})(\d\d)(\d\d)T(\d\d)(\d\d)(\d\d)Z-\d+")
 _DONE = ".salvaged"
 _TIME = "%Y%m%dT%H%M%SZ"
 
@@ -119,7 +119,8 @@ def _set_aside_at(name: str) -> float:
     """Seconds since 1970, 0 if the name has a time that can't be."""
     match = _SET.fullmatch(name)
     with contextlib.suppress(ValueError):
-        return timegm(time.strptime(match[1], _TIME)) if match else 0.0
+        # Not by strptime(), which imports a module at its first call: that is no time to need a descriptor.
+        return datetime.fromisoformat("{}-{}-{}T{}:{}:{}+00:00".format(*match.groups())).timestamp() if match else 0.0
     return 0.0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -124,6 +125,28 @@ def test_calls_return_false_while_the_outbox_cannot_be_opened_and_go_on_when_it_
     assert analytics.track("u", "e")[0] is True
     assert analytics.flush(20) is True
     assert [event["event"] for event in receiver.unique] == ["e"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such limit")
+def test_calls_return_false_while_no_descriptor_is_left_to_load_the_client_with(tmp_path: Path) -> None:
+    first, flushed, told, logged, later = fresh(
+        "import io, json, logging, os, resource\n"
+        "import segment_durable as analytics\n"
+        "logging.getLogger('segment').addHandler(logging.StreamHandler(log := io.StringIO()))\n"
+        f"analytics.write_key, analytics.outbox_dir, analytics.deliver = 'key', {str(tmp_path / 'outbox')!r}, False\n"
+        "limits = resource.getrlimit(resource.RLIMIT_NOFILE)\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (os.dup(0), limits[1]))\n"
+        "first, flushed, told = [analytics.track('u', 'e') for _ in range(3)], analytics.flush(1), ''\n"
+        "try:\n"
+        "    analytics.stats()\n"
+        "except analytics.StorageError as problem:\n"
+        "    told = str(problem)\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, limits)\n"
+        "print(json.dumps([first, flushed, told, log.getvalue(), analytics.track('u', 'e')[0]]))\n"
+    )
+    assert (first, flushed, later) == ([[False, {}]] * 3, False, True)
+    assert told == "the package can't be loaded: Too many open files"
+    assert logged == f"no event is accepted or sent (1 calls so far): {told}\n"
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

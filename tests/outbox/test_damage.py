@@ -9,6 +9,8 @@ import random
 import shutil
 import sqlite3
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -113,6 +115,28 @@ def leaf_pages(path: Path) -> list[int]:
     found = [int.from_bytes(page[at : at + 4], "big") for at in (*cells, 8)]
     assert {data[(number - 1) * PAGE] for number in found} == {13}
     return found
+
+
+NOTHING_LOADED = """
+import sys
+from pathlib import Path
+from segment_durable import client, clock, outbox
+
+sound, damaged = (Path(each) for each in sys.argv[1:])
+outbox.Outbox(sound, clock.SystemClock(), write_key="key")
+before = set(sys.modules)
+assert outbox.Outbox(damaged, clock.SystemClock(), write_key="key").db.damage.news
+print(*sys.modules.keys() - before)
+"""
+
+
+def test_damage_is_met_without_loading_a_module(folder: Path) -> None:
+    """That is no time to need a descriptor, nor to be forked in the middle of."""
+    fill(folder)
+    garbage(folder / "outbox.db")
+    command = [sys.executable, "-c", NOTHING_LOADED, str(folder.with_name("sound")), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.stdout.split(), done.stderr) == ([], "")
 
 
 # -- what is found when the outbox is opened
