@@ -29,7 +29,7 @@ from segment_durable.locks import LOCK_NAME, LockFile
 from segment_durable.quarantine import finish
 from segment_durable.reserve import Reserve
 from segment_durable.shared_locks import Files, close_unused, hold, identify, let_go
-from segment_durable.sqlite_errors import SQLITE_PROBLEMS, is_damage, storage_error
+from segment_durable.sqlite_errors import SQLITE_PROBLEMS, is_damage, is_full, storage_error
 
 __all__ = [
     "SPARE_PAGES",
@@ -362,8 +362,8 @@ class Connections:
             self.lock.raise_generation()
         try:
             connection = connect(self.path, full=self.full, is_ours=is_ours)
-        except sqlite3.Error:
-            if not self._reserve.free():  # opening takes space as well
+        except sqlite3.Error as problem:
+            if not is_full(storage_error(problem)) or not self._reserve.free():  # opening takes space as well
                 raise
             connection = connect(self.path, full=self.full, is_ours=is_ours)
         if is_made and is_ours:

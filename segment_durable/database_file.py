@@ -14,7 +14,7 @@ from urllib.parse import quote
 from segment_durable.errors import NotAnOutbox, OutboxUnavailable
 from segment_durable.filesystem import mapping_problem
 from segment_durable.identity import APPLICATION_ID, Damaged, check_content, check_identity, check_wal
-from segment_durable.sqlite_errors import SQLITE_PROBLEMS, is_damage, is_unusable, storage_error
+from segment_durable.sqlite_errors import SQLITE_PROBLEMS, is_damage, is_unusable, may, storage_error, unwritable
 
 __all__ = [
     "CHECKPOINT_BYTES",
@@ -46,6 +46,7 @@ CHECKPOINT_BYTES = 4 << 20
 WAL_LIMIT_BYTES = 64 << 20
 READ_CACHE_KIB = 256  # what is read is read once
 BUSY_TIMEOUT = 5.0  # seconds that SQLite waits for a foreign program that doesn't know of our writer lock
+_NOT_WRITABLE = "is not writable for this user: run as its owner, or set outbox_dir to a folder of this user's"
 _WITHOUT_WAL = "its filesystem can't do SQLite's WAL mode: set outbox_dir to a folder on a local disk"
 
 
@@ -139,10 +140,8 @@ def make_folder(folder: Path) -> None:
         raise unavailable(folder, problem) from problem
     if not folder.is_dir():
         raise OutboxUnavailable(folder, "is not a folder: set outbox_dir to a folder")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise OutboxUnavailable(
-            folder, "is not writable for this user: run as its owner, or set outbox_dir to a folder of this user's"
-        )
+    if not may(os.W_OK | os.X_OK, folder):
+        raise OutboxUnavailable(folder, _NOT_WRITABLE)
 
 
 def _create(path: Path, *, is_ours: bool) -> bool:
@@ -245,5 +244,8 @@ def unavailable(path: Path, problem: Exception) -> OutboxUnavailable:
         obstacle = mapping_problem(path.parent)
         if obstacle:
             return OutboxUnavailable(path, f"no memory can be shared by a file there ({obstacle}), so {_WITHOUT_WAL}")
+    file = unwritable(path)
+    if file is not None:
+        return OutboxUnavailable(file, _NOT_WRITABLE)
     reason = problem.strerror if isinstance(problem, OSError) else problem
     return OutboxUnavailable(path, f"{reason}: set outbox_dir to a folder on a local disk that this user may write to")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from segment_durable.errors import StorageError
 
-__all__ = ["SQLITE_PROBLEMS", "is_damage", "is_full", "is_unusable", "storage_error"]
+__all__ = ["SQLITE_PROBLEMS", "is_damage", "is_full", "is_unusable", "may", "storage_error", "unwritable"]
 
 # Python 3.10 does not give the result code, only SQLite's fixed English text for it.
 _CODES = {
@@ -58,4 +58,15 @@ def is_unusable(problem: Exception, path: Path) -> bool:
     """Whether an attempt to open the file has failed because it is damaged."""
     error = storage_error(problem)
     # The file itself can say that it may only be read.
-    return is_damage(error) or (error.code == "SQLITE_READONLY" and os.access(path, os.W_OK))
+    return is_damage(error) or (error.code == "SQLITE_READONLY" and unwritable(path) is None)
+
+
+def unwritable(path: Path) -> Path | None:
+    """The one of a database's files that is there and that this user may not write to; `None` if there is none."""
+    files = [path, *(path.with_name(path.name + suffix) for suffix in ("-wal", "-shm"))]
+    return next((each for each in files if os.path.exists(each) and not may(os.W_OK, each)), None)
+
+
+def may(do: int, path: Path) -> bool:
+    """As `os.access`, by the user as whom this process acts, which need not be the one who has started it."""
+    return os.access(path, do, effective_ids=os.access in os.supports_effective_ids)

@@ -21,6 +21,7 @@ from typing import TypeVar
 from segment_durable.database_file import BUSY_TIMEOUT, DATABASE_NAME, SCHEMA_VERSION
 from segment_durable.errors import NotAnOutbox, OutboxUnavailable
 from segment_durable.identity import APPLICATION_ID
+from segment_durable.sqlite_errors import may
 
 __all__ = ["Reader"]
 
@@ -87,7 +88,7 @@ class Reader:
             raise OutboxUnavailable(self.folder, f"is no folder: name the one that holds {DATABASE_NAME}") from None
         if not stat.S_ISREG(mode):
             raise NotAnOutbox(self._path, "is no file")
-        if not os.access(self._path, os.R_OK):
+        if not may(os.R_OK, self._path):
             raise OutboxUnavailable(self._path, "this user may not read it")
 
     def _open(self, *, immutable: bool) -> sqlite3.Connection:
@@ -109,7 +110,7 @@ class Reader:
         text = str(problem)
         if text in ("file is not a database", "database disk image is malformed"):
             return NotAnOutbox(self._path, f"is damaged or not an outbox ({text})")
-        if text == "unable to open database file" and not os.access(self.folder, os.W_OK):
+        if text == "unable to open database file" and not may(os.W_OK, self.folder):
             text += "; with a WAL it needs the shared memory of a running process, or the right to write in the folder"
         return OutboxUnavailable(self._path, f"can't be read: {text}")
 

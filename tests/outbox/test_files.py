@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import shutil
@@ -21,7 +22,9 @@ from segment_durable.errors import NotAnOutbox, OutboxError, OutboxUnavailable, 
 from segment_durable.outbox import Outbox
 from segment_durable.quarantine import kept_sets
 from segment_durable.records import Row
+from segment_durable.testing.clock import FakeClock
 
+from .common import bodies
 from .workers import Worker
 
 posix_only = pytest.mark.skipif(os.name == "nt", reason="file modes are POSIX's")
@@ -75,6 +78,48 @@ def test_no_folder_on_the_way_that_is_made_for_the_outbox_lets_others_write(
     worker.call("open", "sqlite", tmp_path / "state" / "segment" / "outbox", {})
     for each in (tmp_path / "state", tmp_path / "state" / "segment", tmp_path / "state" / "segment" / "outbox"):
         assert mode(each) & 0o022 == 0, each
+
+
+AS_ANOTHER_USER = """
+import os, sys
+from pathlib import Path
+from segment_durable import client, clock, errors, outbox
+
+folder, how = Path(sys.argv[1]), sys.argv[2]
+# Everything is loaded before: the interpreter's own files may be out of reach afterwards.
+outbox.Outbox(folder.with_name("first"), clock.SystemClock(), write_key="key").close()
+getattr(os, how)(65534)
+try:
+    outbox.Outbox(folder, clock.SystemClock(), write_key="key")
+except errors.OutboxUnavailable as problem:
+    print(problem)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can be somebody else")
+@pytest.mark.parametrize("how", ["setuid", "seteuid"])
+@pytest.mark.parametrize("name", ["outbox.db", "outbox.db-wal", "outbox.db-shm"])
+def test_a_file_that_this_user_may_not_write_is_not_taken_for_a_damaged_one(name: str, how: str) -> None:
+    with tempfile.TemporaryDirectory() as base:  # pytest's own are out of another user's reach
+        os.chmod(base, 0o755)
+        folder = Path(base, "outbox")
+        with contextlib.closing(Outbox(folder, FakeClock(), write_key="key")) as outbox:
+            assert outbox.put(b"{}", 1)
+            for each in (folder, *folder.iterdir()):
+                os.chown(each, 65534, 65534)
+            os.chown(folder / name, 0, 0)
+            os.chmod(folder / name, 0o444)
+            before = contents(folder)
+            command = [sys.executable, "-c", AS_ANOTHER_USER, str(folder), how]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+            assert done.stdout == (
+                f"{folder / name}: is not writable for this user: run as its owner, or set outbox_dir to a folder of "
+                "this user's\n"
+            ), done.stderr
+            assert kept(folder, before).keys() == before.keys()
+            assert (folder / "outbox.reserve").exists()  # it is no want of space either
+            assert not [each.name for each in folder.iterdir() if "damaged" in each.name]
+            assert bodies(outbox) == [b"{}"]
 
 
 # -- the database
