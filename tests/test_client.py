@@ -753,24 +753,36 @@ def test_clients_of_an_outbox_whose_path_leads_elsewhere_go_on_there_with_one_en
     assert sorted(waiting) == ["afterwards", "before", "later"]
 
 
+@pytest.mark.parametrize("collected", [False, True])
 def test_events_of_an_outbox_whose_path_leads_to_that_of_another_host_now_stay_where_they_are(
-    make_client: MakeClient, tmp_path: Path
+    receiver: Receiver, make_client: MakeClient, tmp_path: Path, collected: bool
 ) -> None:
     for release in ("old", "new"):
         (tmp_path / release).mkdir(0o700)
     link = tmp_path / "current"
     link.symlink_to("old", target_is_directory=True)
     told: list[Exception] = []
-    client = make_client(deliver=False, outbox_dir=link / "outbox", on_error=lambda problem, _: told.append(problem))
+    client: Client | None = Client(
+        "test-key",
+        receiver.url,
+        deliver=False,
+        outbox_dir=link / "outbox",
+        on_error=lambda problem, _: told.append(problem),
+    )
+    assert client is not None
     other = make_client(deliver=False, outbox_dir=tmp_path / "new" / "outbox", host="http://127.0.0.1:9")
     (tmp_path / "next").symlink_to("new", target_is_directory=True)
     os.replace(tmp_path / "next", link)
     assert client.track("u", "waits")[0]
+    if collected:
+        client = None
+        gc.collect()
     wait_until(lambda: bool(told))
     assert isinstance(told[0], ConfigError)
     assert told[0].field == "host"
-    assert client.stats().pending == 1
     assert other.stats().pending == 0
+    with contextlib.closing(Outbox(tmp_path / "old" / "outbox", SystemClock())) as outbox:
+        assert outbox.pending() == 1
 
 
 def test_puts_while_an_outbox_that_was_moved_away_is_replaced_are_not_lost(
