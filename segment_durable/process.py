@@ -55,8 +55,6 @@ def attach(
         engine, forsaken = _engines.get(key), None
         if engine is not None and engine.is_forsaken_for(member):
             engine, forsaken = None, engine
-        elif engine is not None and engine.closed:
-            engine = None
         if engine is None:
             engine = Engine(
                 member.config, clock or SystemClock(), key=key, make_transport=make_transport, on_gone=_replace

@@ -838,8 +838,10 @@ def test_a_client_that_sends_nothing_has_no_outbox_to_be_asked(make_client: Make
 def test_a_client_that_was_collected_binds_nobody_to_its_settings(make_client: MakeClient, tmp_path: Path) -> None:
     Client("test-key", "http://127.0.0.1:9", outbox_dir=tmp_path / "outbox").track("u", "left behind")
     gc.collect()
+    (engine,) = process._engines.values()
     with Receiver() as another:
         client = make_client(host=another.url)
+        assert engine.closed  # its threads, and its files
         assert client.flush(10) is True
         assert names(another) == ["left behind"]
 
