@@ -34,7 +34,9 @@ from segment_durable.errors import (
     SourceMismatch,
     StorageError,
 )
+from segment_durable.interrupts import from_signal as _from_signal
 from segment_durable.limiter import Limiter as _Limiter
+from segment_durable.logs import call as _call
 from segment_durable.logs import get_log as _get_log
 from segment_durable.records import OutboxStats
 from segment_durable.threads import PatientLock as _PatientLock
@@ -190,14 +192,15 @@ class _Unloaded:
     It accepts nothing, and raises nothing.
     """
 
-    _log = _Limiter(60.0, _SystemClock())
+    _log, _told = _Limiter(60.0, _SystemClock()), _Limiter(1.0, _SystemClock())
 
-    def __init__(self, problem: OSError) -> None:
-        self._problem = StorageError(f"the package can't be loaded: {problem.strerror}", "SQLITE_CANTOPEN")
+    def __init__(self, problem: OSError | ImportError) -> None:
+        reason = problem.strerror if isinstance(problem, OSError) else problem
+        self._problem = StorageError(f"the package can't be loaded: {reason}", "SQLITE_CANTOPEN")
 
     def __getattr__(self, name: str) -> Callable[..., tuple[bool, dict[str, Any]]]:
         """`track` and the other calls that take an event; there is no message of it."""
-        return lambda *_, **__: (self.flush(), {})
+        return lambda *_, **__: (self._refuse(), {})
 
     def flush(self, timeout: float | None = None) -> bool:
         times = self._log.tick()
@@ -208,6 +211,12 @@ class _Unloaded:
     def stats(self) -> OutboxStats:
         raise self._problem
 
+    def _refuse(self) -> bool:
+        on_error = globals()["on_error"]
+        if on_error is not None and self._told.tick():
+            _call(on_error, "on_error", self._problem, [])
+        return self.flush()
+
 
 def _default_client() -> Client | _Unopened | _Unloaded:
     client = default_client
@@ -215,7 +224,11 @@ def _default_client() -> Client | _Unopened | _Unloaded:
         return client
     try:
         return _make_client()
-    except OSError as problem:
+    except ModuleNotFoundError:  # it is not installed
+        raise
+    except (OSError, ImportError) as problem:  # the latter where it is a library that can't be loaded
+        if _from_signal(problem):
+            raise
         return _Unloaded(problem)
 
 

@@ -15,11 +15,11 @@ from segment_durable import process
 from segment_durable.clock import SystemClock
 from segment_durable.config import DEFAULTS, FOREVER, Config
 from segment_durable.encoding import plain
-from segment_durable.engine import Engine, Member, call
+from segment_durable.engine import Engine, Member
 from segment_durable.errors import ConfigError, OutboxError
 from segment_durable.interrupts import from_signal
 from segment_durable.limiter import Limiter
-from segment_durable.logs import get_log
+from segment_durable.logs import call, get_log
 from segment_durable.message import compose, encode_message
 from segment_durable.records import NO_EVENTS, OutboxStats
 

@@ -17,9 +17,8 @@ from segment_durable.clock import Clock
 from segment_durable.config import Config
 from segment_durable.delivery import Delivery, Reporter
 from segment_durable.errors import ConfigError, OutboxDamaged, OutboxError, OutboxFull, OutboxUnavailable
-from segment_durable.interrupts import from_signal
 from segment_durable.limiter import Limiter
-from segment_durable.logs import get_log
+from segment_durable.logs import call, get_log
 from segment_durable.outbox import Outbox, other_source
 from segment_durable.sender import Sender
 from segment_durable.transport import RequestsTransport, Transport
@@ -29,7 +28,7 @@ from segment_durable.upload import Uploader
 if TYPE_CHECKING:
     from segment_durable.oauth import Tokens
 
-__all__ = ["Engine", "Member", "call"]
+__all__ = ["Engine", "Member"]
 
 log = get_log("")
 
@@ -270,16 +269,6 @@ def _items(events: bytes) -> list[dict[str, Any]]:
         log.error("what was stored of these events is damaged, and no JSON: the callbacks are called without them")
         return []
     return items
-
-
-def call(callback: Callable[..., object], name: str, *arguments: object) -> None:
-    """Call a user's callback; what it raises is logged and changes nothing."""
-    try:
-        callback(*arguments)
-    except Exception as problem:
-        if from_signal(problem):
-            raise
-        log.exception("%s raised; nothing else is changed by that", name)
 
 
 def _tokens(config: Config, clock: Clock) -> Tokens | None:

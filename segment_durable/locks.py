@@ -38,7 +38,7 @@ _SHORT_NAP, _LONG_NAP, _SHORT_NAPS = 0.000_05, 0.001, 40
 
 try:
     import fcntl
-except ImportError:  # Windows
+except ModuleNotFoundError:  # Windows; not where it can't be loaded just now
     import msvcrt
 
     def _lock(fd: int, byte: int) -> None:

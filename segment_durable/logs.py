@@ -1,4 +1,7 @@
-"""Loggers of the package: children of `segment`, to which nothing is added that the user did not ask for."""
+"""Loggers of the package: children of `segment`, to which nothing is added that the user did not ask for.
+
+And the users' callbacks, which may raise as their log handlers may.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,12 @@ import contextlib
 import logging
 import sys
 import traceback
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from segment_durable.interrupts import from_signal
 
-__all__ = ["Log", "get_log"]
+__all__ = ["Log", "call", "get_log"]
 
 if TYPE_CHECKING:
     _Adapter = logging.LoggerAdapter[logging.Logger]
@@ -42,3 +46,13 @@ class Log(_Adapter):
 def get_log(name: str) -> Log:
     """The one named `segment.durable.<name>`; without a name the one above these."""
     return Log(logging.getLogger(f"segment.durable.{name}" if name else "segment.durable"), {})
+
+
+def call(callback: Callable[..., object], name: str, *arguments: object) -> None:
+    """Call a user's callback; what it raises is logged and changes nothing."""
+    try:
+        callback(*arguments)
+    except Exception as problem:
+        if from_signal(problem):
+            raise
+        get_log("").exception("%s raised; nothing else is changed by that", name)

@@ -7,10 +7,9 @@ from typing import Any
 
 from segment_durable.client import Client
 from segment_durable.clock import SystemClock
-from segment_durable.engine import call
 from segment_durable.errors import OutboxError
 from segment_durable.limiter import Limiter
-from segment_durable.logs import get_log
+from segment_durable.logs import call, get_log
 from segment_durable.records import OutboxStats
 
 __all__ = ["Unopened"]

@@ -6,6 +6,7 @@ import ast
 import inspect
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -24,11 +25,10 @@ from segment_durable.testing import Receiver
 HEAVY = ["jwt", "cryptography", "requests", "sqlite3", "orjson", "tenacity", "platformdirs", "urllib3", "dateutil"]
 
 
-def fresh(code: str) -> Any:
+def fresh(code: str, *arguments: str) -> Any:
     """What `code` prints as JSON in an interpreter of its own, with every warning an error."""
-    done = subprocess.run(
-        [sys.executable, "-X", "dev", "-W", "error", "-c", code], capture_output=True, text=True, timeout=60
-    )
+    command = [sys.executable, "-X", "dev", "-W", "error", "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     return json.loads(done.stdout)
 
@@ -127,26 +127,80 @@ def test_calls_return_false_while_the_outbox_cannot_be_opened_and_go_on_when_it_
     assert [event["event"] for event in receiver.unique] == ["e"]
 
 
+WITHOUT_DESCRIPTORS = """
+import io, json, logging, os, resource, sys
+import segment_durable as analytics
+
+before = sys.argv[1]  # the module of which none is left to load it with; "": none from the start
+logging.getLogger("segment").addHandler(logging.StreamHandler(log := io.StringIO()))
+analytics.write_key, analytics.outbox_dir, analytics.deliver = "key", sys.argv[2], False
+called = []
+analytics.on_error = lambda problem, items: called.append([str(problem), items])
+limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+class Watch:
+    def find_spec(self, name, *_):
+        if name == before:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (os.dup(0), limits[1]))
+
+sys.meta_path.insert(0, Watch())
+Watch().find_spec("")
+first, flushed, told = [analytics.track("u", "e") for _ in range(3)], analytics.flush(1), ""
+try:
+    analytics.stats()
+except analytics.StorageError as problem:
+    told = str(problem)
+resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+sys.meta_path.pop(0)
+print(json.dumps([first, flushed, told, log.getvalue(), called, analytics.track("u", "e")[0]]))
+"""
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such limit")
-def test_calls_return_false_while_no_descriptor_is_left_to_load_the_client_with(tmp_path: Path) -> None:
-    first, flushed, told, logged, later = fresh(
-        "import io, json, logging, os, resource\n"
-        "import segment_durable as analytics\n"
-        "logging.getLogger('segment').addHandler(logging.StreamHandler(log := io.StringIO()))\n"
-        f"analytics.write_key, analytics.outbox_dir, analytics.deliver = 'key', {str(tmp_path / 'outbox')!r}, False\n"
-        "limits = resource.getrlimit(resource.RLIMIT_NOFILE)\n"
-        "resource.setrlimit(resource.RLIMIT_NOFILE, (os.dup(0), limits[1]))\n"
-        "first, flushed, told = [analytics.track('u', 'e') for _ in range(3)], analytics.flush(1), ''\n"
-        "try:\n"
-        "    analytics.stats()\n"
-        "except analytics.StorageError as problem:\n"
-        "    told = str(problem)\n"
-        "resource.setrlimit(resource.RLIMIT_NOFILE, limits)\n"
-        "print(json.dumps([first, flushed, told, log.getvalue(), analytics.track('u', 'e')[0]]))\n"
-    )
+@pytest.mark.parametrize("before", ["", "segment_durable.encoding", "fcntl", "select", "_sqlite3"])
+def test_calls_return_false_while_no_descriptor_is_left_to_load_the_client_with(tmp_path: Path, before: str) -> None:
+    """Where it is a library that can't be loaded, Python says so by an `ImportError`."""
+    first, flushed, told, logged, called, later = fresh(WITHOUT_DESCRIPTORS, before, str(tmp_path / "outbox"))
     assert (first, flushed, later) == ([[False, {}]] * 3, False, True)
-    assert told == "the package can't be loaded: Too many open files"
-    assert logged == f"no event is accepted or sent (1 calls so far): {told}\n"
+    assert told.startswith("the package can't be loaded: ")
+    assert told.endswith("Too many open files")
+    ((problem, items),) = called
+    assert problem.startswith("the package can't be loaded: ")
+    assert items == []
+    assert logged == f"no event is accepted or sent (1 calls so far): {problem}\n"
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="Windows has no such signal")
+def test_a_time_limit_that_strikes_while_the_client_is_loaded_reaches_the_caller() -> None:
+    """It is an `OSError` by its class."""
+    told = fresh(
+        "import json, signal, sys, segment_durable\n"
+        "def strike(number, frame):\n"
+        "    raise TimeoutError('the time is up')\n"
+        "class Watch:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'segment_durable.outbox':\n"
+        "            signal.raise_signal(signal.SIGUSR1)\n"
+        "signal.signal(signal.SIGUSR1, strike)\n"
+        "sys.meta_path.insert(0, Watch())\n"
+        "try:\n"
+        "    segment_durable.track('u', 'e')\n"
+        "except TimeoutError as problem:\n"
+        "    print(json.dumps(str(problem)))\n"
+    )
+    assert told == "the time is up"
+
+
+def test_a_package_that_is_not_installed_is_nothing_that_passes() -> None:
+    told = fresh(
+        "import json, sys, segment_durable\n"
+        "sys.modules['requests'] = None\n"
+        "try:\n"
+        "    segment_durable.track('u', 'e')\n"
+        "except ModuleNotFoundError as problem:\n"
+        "    print(json.dumps(problem.name))\n"
+    )
+    assert told == "requests"
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
