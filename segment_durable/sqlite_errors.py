@@ -57,8 +57,27 @@ def is_damage(problem: StorageError) -> bool:
 def is_unusable(problem: Exception, path: Path) -> bool:
     """Whether an attempt to open the file has failed because it is damaged."""
     error = storage_error(problem)
-    # The file itself can say that it may only be read.
-    return is_damage(error) or (error.code == "SQLITE_READONLY" and unwritable(path) is None)
+    return is_damage(error) or (error.code == "SQLITE_READONLY" and _says_read_only(path))
+
+
+def _says_read_only(path: Path) -> bool:
+    """Whether the file itself says that it may only be read, by the version that its header asks of writers.
+
+    SQLite says the same where it could open one of the files for reading only: by its mode, for a security module, or
+    because there was no descriptor for a moment.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+    except OSError:
+        return False
+    try:
+        return os.pread(fd, 1, 18) > b"\2"
+    except OSError:
+        return False
+    finally:
+        # SQLite's locks on the file end with that.  Under the writer lock nobody closes the database meanwhile, and a
+        # connection that goes on has them twice: see shared_locks.py.
+        os.close(fd)
 
 
 def unwritable(path: Path) -> Path | None:

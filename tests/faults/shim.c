@@ -3,6 +3,8 @@
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
+#include <fcntl.h>
+#include <stdarg.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <string.h>
@@ -10,7 +12,7 @@
 #include <sys/types.h>
 #include <unistd.h>
 
-enum { WRITE = 1, SYNC = 2, TRUNCATE = 4, UNLINK = 8, ALLOCATE = 16, MAP = 32 };
+enum { WRITE = 1, SYNC = 2, TRUNCATE = 4, UNLINK = 8, ALLOCATE = 16, MAP = 32, OPEN = 64 };
 
 static char folder[4096];
 static int kinds, error;
@@ -59,6 +61,22 @@ static int fails(int kind, int fd)
 }
 
 #define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
+
+/* For reading and writing: for reading alone none fails. */
+#define OPENS(name)                                                                                                    \
+    int name(const char *path, int flags, ...)                                                                         \
+    {                                                                                                                  \
+        va_list rest;                                                                                                  \
+        va_start(rest, flags);                                                                                         \
+        mode_t mode = flags & (O_CREAT | O_TMPFILE) ? va_arg(rest, mode_t) : 0;                                        \
+        va_end(rest);                                                                                                  \
+        if ((flags & O_ACCMODE) == O_RDWR && fails_path(OPEN, path))                                                   \
+            return -1;                                                                                                 \
+        return REAL(name)(path, flags, mode);                                                                          \
+    }
+
+OPENS(open)
+OPENS(open64)
 
 ssize_t write(int fd, const void *data, size_t size)
 {

@@ -22,6 +22,7 @@ from segment_durable.records import Lease
 
 HERE = Path(__file__).parent
 KINDS = {"write": 1, "sync": 2, "truncate": 4, "unlink": 8, "allocate": 16}
+OPEN = 64
 
 
 @pytest.fixture
@@ -177,3 +178,57 @@ def check_client(folder: Path, journal: dict[str, Any]) -> None:
         with outbox.db.read() as connection:
             assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         assert outbox.db.reserve.exists()
+
+
+FOR_READING_ONLY = """
+import ctypes, sys
+from pathlib import Path
+from segment_durable import clock, errors, outbox
+
+shim, path, *numbers = sys.argv[1:]
+shim = ctypes.CDLL(shim)
+shim.shim_arm.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_long, ctypes.c_long, ctypes.c_int]
+shim.shim_hits.restype = ctypes.c_long
+shim.shim_arm(path.encode(), *map(int, numbers))
+try:
+    outbox.Outbox(Path(path).parent, clock.SystemClock(), write_key="key")
+except errors.OutboxUnavailable as problem:
+    print(problem)
+print(shim.shim_hits())
+"""
+
+
+@pytest.mark.parametrize("is_open", [False, True])
+@pytest.mark.parametrize(
+    ("name", "nth", "times", "number"),
+    [
+        ("outbox.db", 1, 2, errno.EACCES),
+        ("outbox.db-wal", 1, 1 << 30, errno.EACCES),
+        ("outbox.db", 2, 1, errno.EMFILE),
+    ],
+    ids=["denied", "WAL denied", "no descriptor for a moment"],
+)
+def test_a_database_that_can_be_opened_for_reading_only_is_not_taken_for_a_damaged_one(
+    shim: Path, tmp_path: Path, is_open: bool, name: str, nth: int, times: int, number: int
+) -> None:
+    """A security module may deny what the mode of a file allows.  SQLite then opens it for reading."""
+    folder = tmp_path / "outbox"
+    outbox = Outbox(folder, SystemClock(), write_key="key")
+    assert outbox.put(b"x", 1)
+    if not is_open:
+        outbox.close()
+    arguments = map(str, (shim, folder / name, OPEN, nth, times, number))
+    done = subprocess.run(
+        [sys.executable, "-c", FOR_READING_ONLY, *arguments],
+        env={**os.environ, "LD_PRELOAD": str(shim)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert not [each for each in os.listdir(folder) if "damaged" in each]
+    told, hits = done.stdout.splitlines()
+    assert told.startswith(f"{folder / 'outbox.db'}: attempt to write a readonly database: set outbox_dir to "), told
+    assert int(hits) > 0
+    outbox.close()
+    with contextlib.closing(Outbox(folder, SystemClock(), write_key="key")) as outbox:
+        assert [row.body for row in outbox.rows(0, 99)] == [b"x"]
