@@ -363,7 +363,9 @@ class Connections:
         try:
             connection = connect(self.path, full=self.full, is_ours=is_ours)
         except sqlite3.Error as problem:
-            if not is_full(storage_error(problem)) or not self._reserve.free():  # opening takes space as well
+            # Opening takes space as well.  SQLite does not say that it is for want of that if a file can't be made.
+            is_for_space = is_full(storage_error(problem)) or self._reserve.is_needed()
+            if not is_for_space or not self._reserve.free():
                 raise
             connection = connect(self.path, full=self.full, is_ours=is_ours)
         if is_made and is_ours:

@@ -180,7 +180,7 @@ def check_client(folder: Path, journal: dict[str, Any]) -> None:
         assert outbox.db.reserve.exists()
 
 
-FOR_READING_ONLY = """
+OPENED = """
 import ctypes, sys
 from pathlib import Path
 from segment_durable import clock, errors, outbox
@@ -191,11 +191,25 @@ shim.shim_arm.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_long, ctypes.c
 shim.shim_hits.restype = ctypes.c_long
 shim.shim_arm(path.encode(), *map(int, numbers))
 try:
-    outbox.Outbox(Path(path).parent, clock.SystemClock(), write_key="key")
+    print(outbox.Outbox(Path(path).parent, clock.SystemClock(), write_key="key").pending())
 except errors.OutboxUnavailable as problem:
     print(problem)
 print(shim.shim_hits())
 """
+
+
+def opened(shim: Path, path: Path, nth: int, times: int, number: int) -> tuple[str, int]:
+    """What a process says that opens the outbox while openings of `path` fail, and how many did."""
+    arguments = map(str, (shim, path, OPEN, nth, times, number))
+    done = subprocess.run(
+        [sys.executable, "-c", OPENED, *arguments],
+        env={**os.environ, "LD_PRELOAD": str(shim)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    told, hits = done.stdout.splitlines()
+    return told, int(hits)
 
 
 @pytest.mark.parametrize("is_open", [False, True])
@@ -217,18 +231,25 @@ def test_a_database_that_can_be_opened_for_reading_only_is_not_taken_for_a_damag
     assert outbox.put(b"x", 1)
     if not is_open:
         outbox.close()
-    arguments = map(str, (shim, folder / name, OPEN, nth, times, number))
-    done = subprocess.run(
-        [sys.executable, "-c", FOR_READING_ONLY, *arguments],
-        env={**os.environ, "LD_PRELOAD": str(shim)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    told, hits = opened(shim, folder / name, nth, times, number)
     assert not [each for each in os.listdir(folder) if "damaged" in each]
-    told, hits = done.stdout.splitlines()
     assert told.startswith(f"{folder / 'outbox.db'}: attempt to write a readonly database: set outbox_dir to "), told
-    assert int(hits) > 0
+    assert hits > 0
     outbox.close()
     with contextlib.closing(Outbox(folder, SystemClock(), write_key="key")) as outbox:
         assert [row.body for row in outbox.rows(0, 99)] == [b"x"]
+
+
+def test_a_file_that_can_not_be_made_on_a_full_disk_is_made_in_the_reserve(
+    shim: Path, make_disk: Callable[[int], Path]
+) -> None:
+    """Not every filesystem has room for a new file then; SQLite says no more than that it could not open it."""
+    disk = make_disk(4 << 20)
+    folder = disk / "outbox"
+    with contextlib.closing(Outbox(folder, SystemClock(), write_key="key")) as outbox:
+        assert outbox.put(b"x", 1)
+    with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as filler:
+        while filler.write(bytes(4096)):
+            pass
+    assert opened(shim, folder / "outbox.db-wal", 1, 1, errno.ENOSPC) == ("1", 1)
+    assert not (folder / "outbox.reserve").exists()
