@@ -67,17 +67,12 @@ def _says_read_only(path: Path) -> bool:
     because there was no descriptor for a moment.
     """
     try:
-        fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        # SQLite's locks on the file end when it is closed.  Under the writer lock nobody closes the database meanwhile,
+        # and a connection that goes on has them twice: see shared_locks.py.
+        with open(path, "rb") as file:
+            return file.read(19)[18:] > b"\2"
     except OSError:
         return False
-    try:
-        return os.pread(fd, 1, 18) > b"\2"
-    except OSError:
-        return False
-    finally:
-        # SQLite's locks on the file end with that.  Under the writer lock nobody closes the database meanwhile, and a
-        # connection that goes on has them twice: see shared_locks.py.
-        os.close(fd)
 
 
 def unwritable(path: Path) -> Path | None:

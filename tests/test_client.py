@@ -732,18 +732,21 @@ def test_clients_of_an_outbox_whose_path_leads_elsewhere_go_on_there_with_one_en
         (tmp_path / release).mkdir(0o700)
     link = tmp_path / "current"
     link.symlink_to("old", target_is_directory=True)
-    told: list[Exception] = []
-    client = make_client(deliver=False, outbox_dir=link / "outbox", on_error=lambda problem, _: told.append(problem))
+    told: list[str] = []
+    client = make_client(deliver=False, outbox_dir=link / "outbox", on_error=lambda *_: told.append("first"))
+    second = make_client(deliver=False, outbox_dir=link / "outbox", on_error=lambda *_: told.append("second"))
     assert client.track("u", "before")[0]
     other = make_client(deliver=False, outbox_dir=tmp_path / "new" / "outbox") if also_another else None
     (tmp_path / "next").symlink_to("new", target_is_directory=True)
     os.replace(tmp_path / "next", link)
     assert client.track("u", "afterwards")[0]
-    wait_until(lambda: bool(told))
-    assert client.track("u", "later")[0]
+    wait_until(lambda: sorted(told) == ["first", "second"])
     (engine,) = process._engines.values()
     assert engine.key == str(tmp_path / "new" / "outbox")
+    assert client.track("u", "later")[0]
+    assert list(process._engines.values()) == [engine]
     client.shutdown(0)
+    second.shutdown(0)
     if other is not None:
         assert other.stats().pending == 3
         other.shutdown(0)
