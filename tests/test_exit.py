@@ -90,6 +90,34 @@ second.track("u", "of the second")
     assert [event["event"] for event in receiver.unique] == ["of the first", "of the second"]
 
 
+def test_the_exit_delivers_nothing_if_none_of_its_clients_does(receiver: Receiver, tmp_path: Path) -> None:
+    said, _ = run("analytics.deliver = False; analytics.track('u', 'kept')", receiver, tmp_path)
+    assert (said, receiver.requests) == ("", ())
+    with Client("test-key", receiver.url, outbox_dir=tmp_path / "outbox", deliver=False) as client:
+        assert client.stats().pending == 1
+
+
+def test_the_exit_says_what_keeps_it_from_delivering_and_goes_on_with_the_others(
+    receiver: Receiver, tmp_path: Path
+) -> None:
+    code = """
+from segment_durable.errors import StorageError
+clients = [
+    analytics.Client(f"key-{i}", sys.argv[1], outbox_dir=f"{sys.argv[2]}-{i}", upload_interval=600) for i in range(2)
+]
+for client in clients:
+    client.track("u", client.write_key)
+
+def fail(timeout):
+    raise StorageError("the disk is unwell", "SQLITE_IOERR")
+
+clients[0]._engine.sender.flush = fail
+"""
+    said, _ = run(code, receiver, tmp_path)
+    assert said == "at exit: the disk is unwell\n"
+    assert "key-1" in [event["event"] for event in receiver.unique]
+
+
 def test_shutdown_timeout_0_does_not_wait_at_all(receiver: Receiver, tmp_path: Path) -> None:
     receiver.always(Answer(503))
     code = """
