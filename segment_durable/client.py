@@ -209,7 +209,10 @@ class Client:
                 engine = self._live()
                 if start and self._delivers:
                     engine.sender.start()
-                return self._flush(engine, timeout)
+                flushed = self._flush(engine, timeout)
+                if flushed and engine.successor is not None:
+                    continue  # that outbox may be empty because all was moved
+                return flushed
             except (OutboxError, ConfigError) as problem:
                 if engine is not None and engine.closed:
                     continue  # by another thread's shutdown(): its files are closed, so another one is attached

@@ -66,6 +66,7 @@ class Engine:
         self.key = key  # which outbox it is, among those of this process
         self.pid = os.getpid()
         self.closed = False
+        self.successor: Engine | None = None  # that has its clients now
         self.config = config
         self.clock = clock
         self.make_transport = make_transport
@@ -81,6 +82,11 @@ class Engine:
         self._full_log, self._full_call = Limiter(60.0, clock), Limiter(1.0, clock)
         self._trouble_log, self._trouble_call = Limiter(60.0, clock), Limiter(1.0, clock)
         self.outbox.db.damage.on_damaged = self._damaged
+
+    @property
+    def latest(self) -> Engine:
+        """The one that has its clients now: this one, unless it has a successor."""
+        return self if self.successor is None else self.successor.latest
 
     def join(self, member: Member) -> None:
         """Let a client in; raises `ConfigError` or `SourceMismatch` if it can't share this outbox."""

@@ -74,6 +74,7 @@ def detach(engine: Engine, member: Member, timeout: float) -> bool:
     """
     try:
         with _lock:
+            engine = engine.latest  # of which the client may not know yet
             if not engine.leave(member):
                 return True
             if _engines.get(engine.key) is engine:
@@ -93,21 +94,38 @@ def _replace(engine: Engine) -> None:
     """
     try:
         with _lock:
+            # Its clients were shut down, now or since an attempt that failed: what waits is moved all the same.
+            is_over = engine.latest.closed if engine.successor else _engines.get(engine.key) is not engine
             key = os.path.realpath(engine.config.outbox_path)
             successor = _engines.get(key)
+            is_new = successor is None or successor is engine
             if successor is None or successor is engine:
                 successor = Engine(
                     engine.config, engine.clock, key=key, make_transport=engine.make_transport, on_gone=_replace
                 )
             # One whose clients are all gone has its settings still: what waits in it must not go anywhere else.
-            for member in list(engine.members) or [Member(engine.config)]:
+            for member in (not is_over and list(engine.members)) or [Member(engine.config)]:
                 successor.join(member)
+            del member  # it may be a client's that is about to be collected, or nobody's
             if _engines.get(engine.key) is engine:
                 del _engines[engine.key]
-            _engines[key] = successor
-        engine.hand_over(successor)
+            _engines[key] = engine.successor = successor
+        try:
+            engine.hand_over(successor)
+        finally:
+            if is_over and is_new:
+                _end_unless_used(successor)
     except (ConfigError, OutboxError) as problem:  # the next attempt is a little later
         engine.complain(problem)
+
+
+def _end_unless_used(engine: Engine) -> None:
+    """It was made with no client to end it; one may have come since."""
+    with _lock:
+        if engine.members or _engines.get(engine.key) is not engine:
+            return
+        del _engines[engine.key]
+    engine.close(0.0)
 
 
 def _before_fork() -> None:
@@ -192,12 +210,12 @@ def _at_exit() -> None:
     """Deliver what can be delivered in time; the rest stays on disk for the next start."""
     if _pid != os.getpid():
         return
-    engines = list(_engines.values())
-    ends = [engine.clock.boot() + engine.config.shutdown_timeout for engine in engines]  # all at the same time
-    for engine, end in zip(engines, ends):
+    # All at the same time.
+    engines = [(each, each.clock.boot() + each.config.shutdown_timeout) for each in list(_engines.values())]
+    for engine, end in engines:
         if engine.delivers and end > engine.clock.boot():
             engine.sender.hurry()
-    for engine, end in zip(engines, ends):
+    for engine, end in engines:
         remaining = max(0.0, end - engine.clock.boot())
         try:
             if engine.delivers and not engine.sender.flush(remaining):
@@ -205,7 +223,10 @@ def _at_exit() -> None:
                 if pending:
                     log.warning("events that stay on disk, for the next process that delivers: %d", pending)
         except OutboxError as problem:
-            log.error("at exit: %s", problem)
+            if engine.successor is None:
+                log.error("at exit: %s", problem)
+        if engine.successor is not None and not any(each is engine.successor for each, _ in engines):  # since just now
+            engines.append((engine.successor, end))
         if _engines.get(engine.key) is engine:
             del _engines[engine.key]  # a thread that goes on gets another one
         engine.close(max(0.0, end - engine.clock.boot()))

@@ -788,6 +788,102 @@ def test_events_of_an_outbox_whose_path_leads_to_that_of_another_host_now_stay_w
         assert outbox.pending() == 1
 
 
+@pytest.fixture
+def switch(tmp_path: Path) -> Callable[[], None]:
+    """Has the symbolic link `current`, which leads to a folder of the same user's, lead to another one."""
+    for release in ("old", "new"):
+        (tmp_path / release).mkdir(0o700)
+    (tmp_path / "current").symlink_to("old", target_is_directory=True)
+    (tmp_path / "next").symlink_to("new", target_is_directory=True)
+    return lambda: os.replace(tmp_path / "next", tmp_path / "current")
+
+
+def waiting_events(folder: Path) -> list[str]:
+    with contextlib.closing(Outbox(folder, SystemClock())) as outbox:
+        return [json.loads(row.body)["event"] for row in outbox.rows(0, 1 << 60)]
+
+
+@pytest.mark.parametrize("is_exit", [False, True])
+@pytest.mark.parametrize("is_empty", [False, True])
+def test_a_shutdown_in_the_middle_of_which_the_path_leads_elsewhere_ends_the_engine_there(
+    make_client: MakeClient,
+    tmp_path: Path,
+    switch: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    is_empty: bool,
+    is_exit: bool,
+) -> None:
+    """And does not take for delivered what was moved: the old outbox may be found empty."""
+    told: list[Exception] = []
+    client = make_client(
+        host="http://127.0.0.1:9",
+        outbox_dir=tmp_path / "current" / "outbox",
+        on_error=lambda problem, _: told.append(problem),
+        max_retries=1000,
+        shutdown_timeout=0.1,
+    )
+    assert client._engine is not None
+    first, flush = client._engine.sender, sender.Sender.flush
+
+    def flush_while_it_is_moved(self: sender.Sender, timeout: float | None = None) -> bool:
+        if self is not first:
+            return flush(self, timeout)
+        wait_until(lambda: bool(told))
+        return is_empty
+
+    monkeypatch.setattr(sender.Sender, "flush", flush_while_it_is_moved)
+    assert client.track("u", "e")[0]
+    switch()
+    if is_exit:
+        process._at_exit()
+        assert "events that stay on disk, for the next process that delivers: 1" in caplog.text
+    else:
+        assert client.shutdown(0.1) is False
+    assert [type(each) for each in told] == [OutboxUnavailable]
+    assert not process._engines
+    assert waiting_events(tmp_path / "new" / "outbox") == ["e"]
+
+
+def test_an_outbox_that_is_found_to_be_elsewhere_just_after_the_shutdown_leaves_no_engine_behind(
+    make_client: MakeClient, tmp_path: Path, switch: Callable[[], None]
+) -> None:
+    client = make_client(deliver=False, outbox_dir=tmp_path / "current" / "outbox")
+    engine = client._engine
+    assert engine is not None
+    switch()
+    client.shutdown(0)
+    process._replace(engine)  # by its upkeep, which has waited for the shutdown to let go of the lock
+    assert not process._engines
+
+
+def test_what_can_be_moved_only_after_the_shutdown_leaves_no_engine_behind(
+    make_client: MakeClient, tmp_path: Path, switch: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Exception] = []
+    move_to, has_space = Outbox.move_to, threading.Event()
+
+    def move(self: Outbox, other: Outbox) -> int:
+        if not has_space.is_set():
+            raise StorageError("the outbox can't be used: database or disk is full", "SQLITE_FULL")
+        return move_to(self, other)
+
+    monkeypatch.setattr(Outbox, "move_to", move)
+    client = make_client(
+        deliver=False,
+        outbox_dir=tmp_path / "current" / "outbox",
+        on_error=lambda problem, _: told.append(problem),
+    )
+    assert client.track("u", "e")[0]
+    switch()
+    wait_until(lambda: bool(told))
+    client.shutdown(0)
+    has_space.set()
+    wait_until(lambda: any(isinstance(each, OutboxUnavailable) for each in told))
+    wait_until(lambda: not process._engines)
+    assert waiting_events(tmp_path / "new" / "outbox") == ["e"]
+
+
 def test_puts_while_an_outbox_that_was_moved_away_is_replaced_are_not_lost(
     make_client: MakeClient, tmp_path: Path
 ) -> None:
