@@ -181,3 +181,14 @@ def test_files_copied_by_a_process_that_has_them_open(
         outbox = outbox_factory()
     outbox.close()
     assert not (folder / "outbox.db-wal").exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="only Linux tells by a folder")
+def test_an_outbox_that_is_closed_leaves_no_descriptor(outbox_factory: MakeOutbox) -> None:
+    open_ones = []
+    for _ in range(3):
+        outbox = outbox_factory()
+        assert outbox.put(BEFORE[0], 1)
+        outbox.close()
+        open_ones.append(len(os.listdir("/proc/self/fd")))
+    assert len({*open_ones}) == 1
