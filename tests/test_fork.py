@@ -552,6 +552,33 @@ def test_a_child_of_a_fork_in_c_refuses_once_all_others_have_closed_the_database
 
 
 @in_c
+@pytest.mark.parametrize("replaced", [False, True], ids=["deleted", "replaced"])
+def test_a_child_of_a_fork_in_c_goes_on_with_another_database_than_its_parents(
+    make_client: MakeClient, tmp_path: Path, replaced: bool
+) -> None:
+    """Of that one SQLite remembers nothing."""
+    client = make_client(deliver=False)
+    client.track("parent", "before")
+    to_child, from_parent = os.pipe()
+
+    def work() -> None:
+        assert os.read(to_child, 1) == b"x"
+        assert client.track("child", "after")[0]
+        client.shutdown(0)
+
+    child = in_child(work, fork_in_c)
+    client.shutdown(0)
+    shutil.rmtree(tmp_path / "outbox")
+    if replaced:
+        assert client.track("parent", "after")[0]
+    os.write(from_parent, b"x")
+    assert ended_well(child)
+    for fd in (to_child, from_parent):
+        os.close(fd)
+    assert client.stats().pending == 1 + replaced
+
+
+@in_c
 @pytest.mark.parametrize("again", [os.fork, fork_in_c], ids=["by os.fork", "in C"])
 @pytest.mark.parametrize("used", [True, False], ids=["used", "unused"])
 def test_a_fork_of_a_fork_in_c_keeps_the_wal_that_it_writes(
