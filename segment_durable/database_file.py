@@ -244,7 +244,7 @@ def unavailable(path: Path, problem: Exception) -> OutboxUnavailable:
         obstacle = mapping_problem(path.parent)
         if obstacle:
             return OutboxUnavailable(path, f"no memory can be shared by a file there ({obstacle}), so {_WITHOUT_WAL}")
-    file = unwritable(path)
+    file = problem.filename if isinstance(problem, PermissionError) else unwritable(path)
     if file is not None:
         return OutboxUnavailable(file, _NOT_WRITABLE)
     reason = problem.strerror if isinstance(problem, OSError) else problem

@@ -116,6 +116,8 @@ class Delivery:
             return self._ack(self._delivered)
         if self._failure is not None:
             return self._release(self._failure)
+        if self._lease is not None and self._outbox.is_told_to_wait():
+            self._give_up()  # told in an answer to another sender, since this one has the lease
         if self._lease is None:
             self._expire()
             threads = self._config.thread
@@ -191,7 +193,8 @@ class Delivery:
             if failure is None:
                 self._outbox.release(lease)
             else:
-                self._outbox.fail(lease, failure.change)
+                # Whoever fails next reports it: here nobody would be told.
+                self._outbox.fail(lease, lambda before: replace(failure.change(before), reported=before.reported))
         except OutboxError:
             self._outbox.forget(lease.token)
         except BaseException:  # a signal handler's
@@ -301,13 +304,12 @@ class Delivery:
     def _release(self, failure: _Failure) -> Step:
         """If the outbox fails here the lease is kept, so that nobody sends before the backoff could be stored."""
         assert self._lease is not None
-        held, before, after = self._outbox.fail(self._lease, failure.change)
+        before, after = self._outbox.fail(self._lease, failure.change)
         self._cuts = [last for _, last in self._work]
         self._drop()
         if after.reported and not before.reported:
             log.error("not delivered, the events stay in the outbox and are tried on: %s", failure.error)
-            # If the lease was lost, another sender may have delivered them.
-            self._reporter.failed(failure.error, [failure.events] if held else [])
+            self._reporter.failed(failure.error, [failure.events])
         else:
             log.info("not delivered, will be tried again: %s", failure.error)
         return Step("failed", seconds=max(0.0, after.not_before - self._clock.boot()), exhausted=after.reported)

@@ -183,7 +183,8 @@ class Engine:
             moved = self.outbox.move_to(successor.outbox)
         told = OutboxUnavailable(
             self.outbox.db.folder,
-            f"was deleted or renamed while it was in use: there is a new one, with the {moved} events that waited",
+            "was deleted or renamed while it was in use, or a link in its path was changed: there is a new one, with "
+            f"the {moved} events that waited",
         )
         log.error("%s", told)
         successor.reporter.call_on_error(told, [])

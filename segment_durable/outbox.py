@@ -24,6 +24,7 @@ import os
 import secrets
 import sqlite3
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -293,19 +294,25 @@ class Outbox:
         return bool(removed)
 
     @with_reserve
-    def fail(self, lease: Lease, change: Callable[[Backoff], Backoff]) -> tuple[bool, Backoff, Backoff]:
+    def fail(self, lease: Lease, change: Callable[[Backoff], Backoff]) -> tuple[Backoff, Backoff]:
         """Not delivered: the rest of the lease is pending again, and `change` makes the backoff that binds all senders.
 
-        Whether the lease had not been lost, and the backoffs before and after.  It is changed all the same if the lease
-        was lost: an attempt was made, and failed.
+        That before and that after it.  It is changed all the same if the lease was lost: an attempt was made, and
+        failed.  That the budget is used up is then for the next one to report, who has the events.
         """
         with self.db.write() as connection:
             removed = connection.execute("DELETE FROM lease WHERE token = ?", (lease.token,)).rowcount
             before = current_backoff(connection, self._clock)
-            after = change(before)
+            after = change(before) if removed else replace(change(before), reported=before.reported)
             store_backoff(connection, self._clock, after)
         self.db.lock.held.discard(lease.token)
-        return bool(removed), before, after
+        return before, after
+
+    @after_damage
+    def is_told_to_wait(self) -> bool:
+        """Whether the receiver has asked for a wait that is not over."""
+        now = self._clock.boot(), self._clock.boot_id()
+        return self.db.read_one("SELECT 1 FROM backoff WHERE told AND not_before > ? AND boot_id = ?", now) is not None
 
     def forget(self, token: bytes) -> None:
         """Give a lease up without touching the disk, for when that fails: the next `lease()` finds it dead."""
@@ -359,7 +366,8 @@ class Outbox:
     def move_to(self, other: Outbox) -> int:
         """Append all events to another outbox and take no more; how many were moved.
 
-        For when the files of this one can't be opened again.  What is on its way may arrive twice.
+        For when this one's path leads to other files.  In its books they count as erased, for another process may have
+        it open still, or find it elsewhere.  What is on its way may arrive twice.
         """
         moved = 0
         while True:
@@ -373,6 +381,8 @@ class Outbox:
                     if not other.put(body, appended_at):
                         raise StorageError("the outbox that is in the place of this one takes no events")
                 connection.execute("DELETE FROM event WHERE id <= ?", (found[-1][0],))
+                end_without_last(connection)
+                count(connection, "erased = erased + ?, last_id = max(last_id, ?)", (len(found), found[-1][0]))
             moved += len(found)
 
     # -- dead letters

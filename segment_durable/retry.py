@@ -40,11 +40,11 @@ def action(kind: Kind, count: int) -> Action:
 def put_off(before: Backoff, now: float, until: float, *, told: bool = False) -> Backoff:
     """`before` with its end at `until`; `told`: by the receiver.
 
-    A wait that the receiver asked for, and that is not over `now`, gets no shorter: it may have told another sender
-    while this one was at its attempt.
+    A wait that the receiver asked for, and that is not over `now`, stays as it is unless it asks for a longer one: it
+    may have told another sender while this one was at its attempt.
     """
     if before.told and before.not_before > now:
-        return replace(before, not_before=max(before.not_before, until))
+        return replace(before, not_before=max(before.not_before, until)) if told else before
     return replace(before, not_before=until, told=told)
 
 

@@ -73,19 +73,22 @@ def test_a_wait_is_as_told_or_within_its_jitter_and_only_counts_if_it_was_not_to
         assert after.told
         assert (after.failures, after.first_failure) == (before.failures, before.first_failure)
     else:
-        assert told <= after.not_before <= max(told, now + LONGEST_WAIT)
         assert after.told == (told > now)
         assert after.failures == before.failures + 1
-        if outcome.kind in HOPELESS:
-            assert after.not_before >= now + LONGEST_WAIT / 2
+        if after.told:
+            assert after.not_before == told
+        elif outcome.kind in HOPELESS:
+            assert now + LONGEST_WAIT / 2 <= after.not_before <= now + LONGEST_WAIT
+        else:
+            assert now <= after.not_before <= now + LONGEST_WAIT
     assert after.reported >= before.reported
 
 
 @pytest.mark.parametrize("told", [False, True])
-def test_only_a_wait_that_the_receiver_asked_for_and_that_is_not_over_gets_no_shorter(told: bool) -> None:
+def test_only_a_wait_that_the_receiver_asked_for_and_that_is_not_over_stays_as_it_is(told: bool) -> None:
     before = Backoff(not_before=100.0, told=told)
     assert put_off(before, 99.0, 99.5) == Backoff(not_before=100.0 if told else 99.5, told=told)
-    assert put_off(before, 99.0, 130.0) == Backoff(not_before=130.0, told=told)
+    assert put_off(before, 99.0, 130.0) == Backoff(not_before=100.0 if told else 130.0, told=told)
     assert put_off(before, 99.0, 130.0, told=True) == Backoff(not_before=130.0, told=True)
     assert put_off(before, 100.0, 100.5) == Backoff(not_before=100.5, told=False)
 

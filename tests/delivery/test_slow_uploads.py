@@ -115,6 +115,23 @@ def test_failures_that_take_longer_than_a_lease_count_and_are_reported(bench: Be
     assert bench.pending() == put
 
 
+def test_a_longer_lease_is_extended_when_less_than_half_of_it_is_left(bench: Bench) -> None:
+    bench.configure(upload_size=1)
+    bench.put(4)
+    other = bench.sender()
+    kinds: list[str] = []
+    slowness = iter([1.0, 1.2, 1.0, 0.1])
+
+    def slow(_: Post) -> Reply:
+        bench.clock.advance(next(slowness) * bench.config.lease - 0.001)
+        kinds.append(other.step().kind)
+        bench.clock.advance(0.001)
+        return 200
+
+    assert bench.sender(slow).run().kind == "empty"
+    assert (kinds, other.posts) == (["leased"] * 4, [])
+
+
 def test_a_lease_gets_longer_with_each_upload_that_outlasts_it_and_is_as_before_after_one_that_does_not(
     bench: Bench,
 ) -> None:

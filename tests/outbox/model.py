@@ -130,9 +130,9 @@ class Model:
         self.leases.remove(holding)
         return True
 
-    def fail(self, holding: Holding, after: Backoff) -> bool:
+    def fail(self, holding: Holding, after: Backoff) -> None:
         self.backoff = after
-        return self.release(holding)
+        self.release(holding)
 
     def extend(self, holding: Holding, deadline: float) -> bool:
         if holding not in self.leases:

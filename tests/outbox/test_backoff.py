@@ -25,8 +25,8 @@ def fail(outbox: Outbox, clock: FakeClock, wait: float, *, told: bool = False, f
     assert isinstance(lease, Lease)
     now = clock.boot()
     backoff = Backoff(now + wait, told, failures, now - 2, now - 1 if told else None, False, "down", clock.time())
-    held, before, after = outbox.fail(lease, becomes(backoff))
-    assert (held, after) == (True, backoff)
+    before, after = outbox.fail(lease, becomes(backoff))
+    assert after == backoff
     assert before != backoff
     return backoff
 
@@ -145,7 +145,7 @@ def test_of_two_attempts_that_fail_at_the_same_time_both_are_counted(outbox: Out
         return replace(before, failures=before.failures + 1)
 
     for number, lease in enumerate(two_leases(outbox)):
-        _, before, after = outbox.fail(lease, one_more)
+        before, after = outbox.fail(lease, one_more)
         assert (before.failures, after.failures) == (number, number + 1)
     assert backoff_of(outbox).failures == 2
 

@@ -98,7 +98,7 @@ except errors.OutboxUnavailable as problem:
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can be somebody else")
 @pytest.mark.parametrize("how", ["setuid", "seteuid"])
-@pytest.mark.parametrize("name", ["outbox.db", "outbox.db-wal", "outbox.db-shm"])
+@pytest.mark.parametrize("name", ["outbox.db", "outbox.db-wal", "outbox.db-shm", "outbox.lock"])
 def test_a_file_that_this_user_may_not_write_is_not_taken_for_a_damaged_one(name: str, how: str) -> None:
     with tempfile.TemporaryDirectory() as base:  # pytest's own are out of another user's reach
         os.chmod(base, 0o755)
