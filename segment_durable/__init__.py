@@ -34,6 +34,7 @@ from segment_durable.errors import (
     SourceMismatch,
     StorageError,
 )
+from segment_durable.forks import loading as _loading
 from segment_durable.interrupts import from_signal as _from_signal
 from segment_durable.limiter import Limiter as _Limiter
 from segment_durable.logs import call as _call
@@ -234,7 +235,9 @@ def _default_client() -> Client | _Unopened | _Unloaded:
 
 def _make_client() -> Client | _Unopened:
     global default_client, _unopened
-    from segment_durable.client import Client
+    with _loading():
+        from segment_durable.client import Client
+        from segment_durable.unopened import Unopened as _Unopened
 
     with _lock:
         if default_client is not None:
@@ -245,19 +248,20 @@ def _make_client() -> Client | _Unopened:
                 default_client, _unopened = Client(**settings), None
                 return default_client
             except (OutboxUnavailable, OutboxBusy, StorageError) as problem:
-                from segment_durable.unopened import Unopened as _Unopened
-
                 _unopened = _Unopened(settings, problem)
         return _unopened
 
 
-def __getattr__(name: str) -> Any:
-    if name == "Client":
-        from segment_durable.client import Client
+if not TYPE_CHECKING:  # a misspelt name is to be found
 
-        globals()["Client"] = Client
-        return Client
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        if name == "Client":
+            with _loading():
+                from segment_durable.client import Client
+
+            globals()["Client"] = Client
+            return Client
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -19,6 +19,7 @@ from segment_durable.sqlite_errors import SQLITE_PROBLEMS, is_damage, is_unusabl
 __all__ = [
     "CHECKPOINT_BYTES",
     "DATABASE_NAME",
+    "FOR_SYNC",
     "PAGE_SIZE",
     "WAL_LIMIT_BYTES",
     "connect",
@@ -46,6 +47,9 @@ CHECKPOINT_BYTES = 4 << 20
 WAL_LIMIT_BYTES = 64 << 20
 READ_CACHE_KIB = 256  # what is read is read once
 BUSY_TIMEOUT = 5.0  # seconds that SQLite waits for a foreign program that doesn't know of our writer lock
+# How a file is opened to be synced.  Not for writing, where that can be: if stdout was closed the descriptor may get
+# its number, and must not be printed into.
+FOR_SYNC = (os.O_RDWR if os.name == "nt" else os.O_RDONLY) | getattr(os, "O_CLOEXEC", 0)
 _NOT_WRITABLE = "is not writable for this user: run as its owner, or set outbox_dir to a folder of this user's"
 _WITHOUT_WAL = "its filesystem can't do SQLite's WAL mode: set outbox_dir to a folder on a local disk"
 

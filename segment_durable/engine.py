@@ -272,7 +272,7 @@ class _Callbacks(Reporter):
 def _items(events: bytes) -> list[dict[str, Any]]:
     try:
         items: list[dict[str, Any]] = json.loads(b"[%b]" % events)
-    except ValueError:  # a damaged page may have changed what was stored: SQLite does not see that
+    except (ValueError, RecursionError):  # a damaged page may have changed what was stored: SQLite does not see that
         log.error("what was stored of these events is damaged, and no JSON: the callbacks are called without them")
         return []
     return items

@@ -49,10 +49,10 @@ def get_log(name: str) -> Log:
 
 
 def call(callback: Callable[..., object], name: str, *arguments: object) -> None:
-    """Call a user's callback; what it raises is logged and changes nothing."""
+    """Call a user's callback; what it raises, also by `sys.exit()`, is logged and changes nothing."""
     try:
         callback(*arguments)
-    except Exception as problem:
+    except (Exception, SystemExit) as problem:
         if from_signal(problem):
             raise
         get_log("").exception("%s raised; nothing else is changed by that", name)

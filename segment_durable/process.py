@@ -11,6 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import platformdirs  # noqa: F401  loaded with this, and not when it is first needed: see forks.py
+
+from segment_durable import forks
 from segment_durable.clock import Clock, SystemClock
 from segment_durable.connections import abandon_connections, living_connections
 from segment_durable.engine import Engine, Member
@@ -46,12 +49,13 @@ def attach(
     _notice_fork()
     if _unusable is not None:
         raise OutboxUnavailable(member.config.outbox_path, _unusable)
-    key = os.path.realpath(member.config.outbox_path)
-    if member.config.uses_oauth:
-        _ = member.config.oauth_pem  # read now, also where another client's engine is there already
     if _lock.is_owned():
         raise OutboxBusy("the call was made by a signal handler while its thread was opening or closing an outbox")
     with _lock:
+        # In here, for which a fork waits: on Python 3.11 and older these have a lock of their own.
+        key = os.path.realpath(member.config.outbox_path)
+        if member.config.uses_oauth:
+            _ = member.config.oauth_pem  # read now, also where another client's engine is there already
         engine, forsaken = _engines.get(key), None
         if engine is not None and engine.is_forsaken_for(member):
             engine, forsaken = None, engine
@@ -233,7 +237,4 @@ def _at_exit() -> None:
 
 
 atexit.register(_at_exit)
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
-    # Once more, for a signal handler may raise in the first: Python ignores that, with what is left to do, and forks.
-    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent)
+forks.register(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from segment_durable.database_file import PAGE_SIZE, create, sync_file
+from segment_durable.database_file import FOR_SYNC, PAGE_SIZE, create, sync_file
 from segment_durable.identity import APPLICATION_ID
 from segment_durable.pages import Broken, Pages
 from segment_durable.records import Salvaged
@@ -54,7 +54,7 @@ def salvage(main: int | None, wal: int | None, new: Path, name: str) -> Salvaged
         facts = {**source.kept_facts(), DAMAGE_FACT + name: json.dumps(result._asdict())}
         connection.executemany("INSERT INTO meta VALUES (?, ?)", facts.items())
         connection.execute("COMMIT")
-    fd = os.open(new, os.O_RDWR | getattr(os, "O_CLOEXEC", 0))
+    fd = os.open(new, FOR_SYNC)
     try:
         sync_file(fd)
     finally:

@@ -133,7 +133,7 @@ def hold_inherited(path: Path, files: Files) -> list[int]:
     try:
         # In this order: nobody deletes the shared memory once the database is locked.
         for (suffix, first, length), wanted in zip(_RANGES, files):
-            fd = os.open(f"{path}{suffix}", os.O_RDWR | os.O_CLOEXEC)
+            fd = os.open(f"{path}{suffix}", os.O_RDONLY | os.O_CLOEXEC)
             held.append(fd)
             found = os.fstat(fd)
             if (found.st_dev, found.st_ino) != wanted:

@@ -13,6 +13,7 @@ from segment_durable.damage import Damage
 from segment_durable.database_file import (
     BUSY_TIMEOUT,
     CHECKPOINT_BYTES,
+    FOR_SYNC,
     PAGE_SIZE,
     WAL_LIMIT_BYTES,
     file_size,
@@ -101,7 +102,7 @@ class Wal:
         if self._connections.full:
             return
         try:
-            fd = os.open(self._path, os.O_RDWR | getattr(os, "O_CLOEXEC", 0))
+            fd = os.open(self._path, FOR_SYNC)
         except FileNotFoundError:
             return  # a checkpoint has moved everything into the database and synced that
         except OSError as problem:

@@ -693,6 +693,31 @@ def test_an_outbox_of_a_newer_version(folder: Path, run: Run) -> None:
         connection.execute("UPDATE meta SET value = '2' WHERE name = 'min_writer'")
         connection.commit()
     fails(run("status", folder), "newer")
+    with contextlib.closing(sqlite3.connect(folder / "outbox.db")) as connection:
+        connection.execute("UPDATE meta SET value = 'x' WHERE name = 'min_writer'")
+        connection.commit()
+    for command in (["status"], ["list"], ["show", "1"]):
+        fails(run(command[0], folder, *command[1:]), "damaged")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "DELETE FROM state",
+        "UPDATE state SET last_id = 'x'",
+        "UPDATE dead SET code = x'00'",
+        "UPDATE dead SET answer = x'07'",
+        "UPDATE dead SET buried_at = 'x'",
+    ],
+)
+def test_values_that_can_not_be_are_damage(box: Outbox, folder: Path, run: Run, damage: str) -> None:
+    box.put(body(1), 0)
+    box.bury(take(box, 1), 1, status=400, code="c", answer="a", max_dead=10)
+    with box.db.write() as connection:
+        connection.execute("PRAGMA ignore_check_constraints=ON")
+        connection.execute(damage)
+    for argv in (["list", folder], ["list", "--json", folder]):
+        fails(run(*argv), "damaged")
 
 
 # -- no trace
@@ -1078,11 +1103,13 @@ def test_what_changes_an_outbox_makes_none(
     assert "--" in capsys.readouterr().err
 
 
-def test_a_command_whose_stdout_is_closed_does_its_work(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "said"), [("status", ""), ("list", "there are more: --from 21\n")])
+def test_a_command_whose_stdout_is_closed_does_its_work(tmp_path: Path, name: str, said: str) -> None:
     box = Outbox(tmp_path / "outbox", SystemClock(), write_key="k")
-    box.put(b"{}", 1)
+    for _ in range(21):
+        box.put(b"{}", 1)
     box.close()
     program = "import sys; from segment_durable.cli import main; sys.exit(main())"
-    command = shlex.join([sys.executable, "-c", program, "status", str(tmp_path / "outbox")])
+    command = shlex.join([sys.executable, "-c", program, name, str(tmp_path / "outbox")])
     done = subprocess.run(["sh", "-c", f"{command} >&-"], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (0, said)

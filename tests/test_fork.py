@@ -777,3 +777,47 @@ def test_five_hundred_forks_under_load_lose_nothing_and_leave_no_lock(
     wanted = {f"{n}{again}" for n in range(500) if n % 3 != 2 for again in ("", " again")}
     arrived = [event["event"] for event in receiver.unique if event["userId"] == "child"]
     assert (len(arrived), set(arrived)) == (len(wanted), wanted)
+
+
+# -- a thread that loads the client
+
+AT_A_MODULE = """
+import os, signal, sys, threading, time
+import segment_durable as analytics
+
+analytics.write_key, analytics.outbox_dir, analytics.deliver = "key", sys.argv[2], False
+is_loading, go_on = threading.Event(), threading.Event()
+
+class Watch:
+    def find_spec(self, name, *_):
+        if name == sys.argv[1] and threading.current_thread() is not threading.main_thread():
+            is_loading.set()
+            go_on.wait(0.3)  # so that the fork comes first, if nothing keeps it
+
+sys.meta_path.insert(0, Watch())
+first = threading.Thread(target=lambda: analytics.track("u", "parent") if sys.argv[3] == "call" else analytics.Client)
+first.start()
+is_loading.wait()
+child = os.fork()
+go_on.set()
+if child == 0:
+    signal.alarm(20)  # for one that hangs
+    os._exit(0 if analytics.track("u", "child")[0] else 1)
+code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+first.join()
+print(code, analytics.track("u", "afterwards")[0], analytics.stats().pending)
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "module"),
+    [
+        *(("call", each) for each in ("segment_durable.process", "sqlite3", "requests", "segment_durable.unopened")),
+        *(("attribute", each) for each in ("segment_durable.process", "sqlite3")),
+    ],
+)
+def test_a_fork_waits_for_a_thread_that_loads_the_client(tmp_path: Path, module: str, how: str) -> None:
+    """In the child its import lock would stay locked for ever, and so would all that it had locked on its way."""
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", AT_A_MODULE, module, str(tmp_path / "o"), how]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stdout == f"0 True {2 + (how == 'call')}\n", done.stderr

@@ -12,13 +12,14 @@ from typing import Any
 
 from segment_durable.cli.reading import Reader
 from segment_durable.clock import Clock
-from segment_durable.soundness import is_sound, malformed
+from segment_durable.soundness import TOTALS_KINDS, is_sound, malformed
 from segment_durable.views import TOTALS
 from segment_durable.views import read_leases as read_rows
 
 __all__ = ["STATES", "Event", "LeaseSeen", "find_id", "find_message", "read_leases", "scan"]
 
 STATES = ("pending", "dead", "all")
+_OF_DEAD = ((int, NoneType), (int, NoneType), (str, NoneType), (str, NoneType))
 _CHUNK = 500  # events read in one view; at most 32 KiB each
 
 _SELECT = {
@@ -97,13 +98,20 @@ def scan(reader: Reader, clock: Clock, state: str, first: int = 0) -> Iterator[E
 
     Memory does not grow with their number.  An event that changes its state meanwhile is seen at most once.
     """
-    last = reader.view(lambda connection: int(connection.execute(TOTALS).fetchone()[0]))
+    last = reader.view(_last_id)
     while first <= last:
         chunk = reader.view(partial(_read, clock=clock, state=state, first=first, last=last))
         yield from chunk
         if len(chunk) < _CHUNK:
             return
         first = chunk[-1].id + 1
+
+
+def _last_id(connection: sqlite3.Connection) -> int:
+    totals = connection.execute(TOTALS).fetchone()
+    if not is_sound(totals, TOTALS_KINDS):
+        raise malformed()
+    return int(totals[0])
 
 
 def find_id(reader: Reader, clock: Clock, event_id: int) -> Event | None:
@@ -126,7 +134,7 @@ def _read(connection: sqlite3.Connection, clock: Clock, state: str, first: int, 
     living = [lease for lease in read_leases(connection, clock) if not lease.is_dead]
     events = []
     for row in connection.execute(f"{_SELECT[state]} ORDER BY id LIMIT {_CHUNK}", {"first": first, "last": last}):
-        if not is_sound(row[1:2], (int,)) or not isinstance(row[4], (int, NoneType)):
+        if not is_sound(row[1:2], (int,)) or not is_sound(row[3:], _OF_DEAD):
             raise malformed()
         if row[4] is not None:
             now = "dead"

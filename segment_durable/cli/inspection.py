@@ -95,7 +95,8 @@ def list_events(args: argparse.Namespace, clock: Clock) -> int:
     ask = args.limit and args.type is None and not args.json
     following = next(events, None) if ask else None
     if following is not None:
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         print(f"there are more: --from {following.id}", file=sys.stderr)
     return 0
 

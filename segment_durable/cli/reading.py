@@ -21,6 +21,7 @@ from typing import TypeVar
 from segment_durable.database_file import BUSY_TIMEOUT, DATABASE_NAME, SCHEMA_VERSION
 from segment_durable.errors import NotAnOutbox, OutboxUnavailable
 from segment_durable.identity import APPLICATION_ID
+from segment_durable.soundness import malformed
 from segment_durable.sqlite_errors import may
 
 __all__ = ["Reader"]
@@ -103,7 +104,9 @@ class Reader:
         version = connection.execute("PRAGMA user_version").fetchone()[0]
         if version > SCHEMA_VERSION:
             least = connection.execute("SELECT value FROM meta WHERE name = 'min_writer'").fetchone()
-            if least and int(least[0]) > SCHEMA_VERSION:
+            if least is not None and not str(least[0]).isdecimal():
+                raise malformed()
+            if least is not None and int(least[0]) > SCHEMA_VERSION:
                 raise OutboxUnavailable(self._path, f"is of a newer segment_durable (schema {version}): use that one")
 
     def _unreadable(self, problem: sqlite3.Error) -> OutboxUnavailable:

@@ -132,7 +132,23 @@ def test_a_flush_in_a_callback_after_a_join_does_not_wait_for_itself(make_client
     assert results == [False]
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # Python itself says nothing
+@pytest.mark.parametrize("problem", [SystemExit, ValueError])
+def test_a_callback_that_raises_or_calls_sys_exit_holds_nothing_up(
+    make_client: MakeClient, receiver: Receiver, problem: type[BaseException], caplog: pytest.LogCaptureFixture
+) -> None:
+    def on_success(items: list[dict[str, Any]]) -> None:
+        raise problem("of the callback's own")
+
+    client = make_client(on_success=on_success, upload_size=1)
+    for number in range(5):
+        assert client.track("u", str(number))[0]
+    assert client.flush(20) is True
+    assert len(receiver.unique) == 5
+    assert client.shutdown(20) is True
+    assert caplog.text.count("on_success raised; nothing else is changed by that") == 5
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_callback_that_ends_its_thread_at_the_end_leaves_no_files_open(
     make_client: MakeClient, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,7 +156,7 @@ def test_a_callback_that_ends_its_thread_at_the_end_leaves_no_files_open(
 
     def on_success(items: list[dict[str, Any]]) -> None:
         called.set()
-        raise SystemExit
+        raise KeyboardInterrupt
 
     client = make_client(on_success=on_success, upload_interval=0)
     engine = client._live()

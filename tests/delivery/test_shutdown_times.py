@@ -314,7 +314,7 @@ def test_a_callback_that_ends_its_thread_does_not_end_delivery(
     def callback(items: object) -> None:
         calls.append(items)
         if len(calls) == 1:
-            raise SystemExit
+            raise KeyboardInterrupt
 
     client = make_client(on_success=callback, upload_interval=0)
     client.track("user", "first")

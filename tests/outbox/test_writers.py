@@ -354,7 +354,14 @@ def test_space_comes_back_in_transactions_that_end_in_time(
 
 def test_a_put_is_unsynced_until_a_sync(outbox: Outbox, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[int] = []
-    monkeypatch.setattr(wal, "sync_file", lambda fd: synced.append(os.fstat(fd).st_ino))
+
+    def sync(fd: int) -> None:
+        synced.append(os.fstat(fd).st_ino)
+        if os.name != "nt":
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                os.write(fd, b"printed")  # as to stdout, whose number it has if that was closed just before
+
+    monkeypatch.setattr(wal, "sync_file", sync)
     outbox.put(b"x", 1)
     assert outbox.db.wal.is_unsynced
     outbox.db.wal.sync()
