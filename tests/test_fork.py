@@ -25,7 +25,7 @@ from typing import Any
 
 import pytest
 
-from segment_durable import Client, OutboxUnavailable, outbox, process
+from segment_durable import Client, OutboxUnavailable, config, outbox, process
 from segment_durable.connections import Connections
 from segment_durable.outbox import Outbox
 from segment_durable.records import Lease, NotNow
@@ -821,3 +821,31 @@ def test_a_fork_waits_for_a_thread_that_loads_the_client(tmp_path: Path, module:
     command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", AT_A_MODULE, module, str(tmp_path / "o"), how]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.stdout == f"0 True {2 + (how == 'call')}\n", done.stderr
+
+
+def test_a_fork_waits_for_a_thread_that_is_settling_where_the_outbox_is(
+    make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to Python 3.11 a cached property has a lock."""
+    settling, go_on = threading.Event(), threading.Event()
+    real = config._absolute
+
+    def slowly(path: str) -> Path:
+        if threading.current_thread() is not threading.main_thread():
+            settling.set()
+            go_on.wait(0.3)  # so that the fork comes first, if nothing keeps it
+        return real(path)
+
+    monkeypatch.setattr(config, "_absolute", slowly)
+    thread = threading.Thread(target=lambda: make_client(deliver=False).track("u", "parent"))
+    thread.start()
+    assert settling.wait(20)
+
+    def work() -> None:
+        assert make_client(deliver=False).track("u", "child")[0]
+
+    child = in_child(work)
+    go_on.set()
+    thread.join()
+    assert ended_well(child)
+    assert make_client(deliver=False).stats().pending == 2
