@@ -180,7 +180,9 @@ else:
 
     def shutdown(*args, **kwargs):
         """Flush, end the sender, close the files; see `Client.shutdown`."""
-        return True if default_client is None else default_client.shutdown(*args, **kwargs)
+        if default_client is None:
+            return _unopened is None  # what an outbox holds that can't be opened has not left
+        return default_client.shutdown(*args, **kwargs)
 
     def stats():
         """The outbox as it is now; see `Client.stats`."""

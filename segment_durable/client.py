@@ -87,6 +87,7 @@ class Client:
         self._engine: Engine | None = None
         self._was_flushed = True  # by the last shutdown
         self._trouble = Limiter(1.0, SystemClock())
+        self._flush_trouble = Limiter(60.0, SystemClock())
         segment_log = logging.getLogger("segment")
         if config.log_handler is not None:
             segment_log.addHandler(config.log_handler)
@@ -216,7 +217,9 @@ class Client:
             except (OutboxError, ConfigError) as problem:
                 if engine is not None and engine.closed:
                     continue  # by another thread's shutdown(): its files are closed, so another one is attached
-                log.error("flush: %s", problem)
+                times = self._flush_trouble.tick()
+                if times:
+                    log.error("flush (%d times): %s", times, problem)
                 return False
 
     def join(self) -> None:

@@ -37,6 +37,7 @@ class Pages:
             self._size = self._plausible(int.from_bytes(header[16:18], "big"))
             reserved = header[20] if header[20] <= _MOST_RESERVED else 0
         self._frames: dict[int, int] = {}  # page number to where its latest content is in the WAL
+        self.is_wal_torn = False  # there was more in it, or may have been, that can't be read
         if wal is not None:
             self._read_wal(wal)
         self.usable = self._size - reserved  # bytes of each page
@@ -71,6 +72,7 @@ class Pages:
         magic, _, page_size, _, *salts, first, second = struct.unpack(">8I", header)
         order = _WAL_MAGICS.get(magic)
         if order is None or (first, second) != _checksum(header[:24], order, 0, 0):
+            self.is_wal_torn = True
             return
         self._size = self._plausible(page_size)
         size = _FRAME_HEADER_BYTES + self._size
@@ -83,6 +85,7 @@ class Pages:
             first, second = _checksum(frame[:8], order, first, second)
             first, second = _checksum(frame[_FRAME_HEADER_BYTES:], order, first, second)
             if (one, two) != (first, second):
+                self.is_wal_torn = True
                 break
             new[number] = at + _FRAME_HEADER_BYTES
             if total:  # the last frame of a transaction

@@ -19,6 +19,7 @@ from segment_durable.database_file import FOR_SYNC, PAGE_SIZE, create, sync_file
 from segment_durable.identity import APPLICATION_ID
 from segment_durable.pages import Broken, Pages
 from segment_durable.records import Salvaged
+from segment_durable.soundness import MOST
 from segment_durable.source import SOURCE_FACTS
 from segment_durable.trees import Trees
 
@@ -67,6 +68,7 @@ class _Source:
 
     def __init__(self, pages: Pages) -> None:
         self._pages = pages
+        self.is_torn = pages.is_wal_torn
         self.trees = Trees(pages)
         self._roots = dict(_ROOTS)
         for row in self.trees.rows(1):
@@ -104,7 +106,7 @@ class _Source:
     def state(self) -> list[int] | None:
         """last_id, delivered, buried, erased, expired, requeued, dead_erased; None if that can't be."""
         found = self._counters()
-        return found if found and all(isinstance(each, int) and each >= 0 for each in found) else None
+        return found if found and all(isinstance(each, int) and 0 <= each < MOST for each in found) else None
 
     def _has_our_number(self) -> bool:
         try:
@@ -182,7 +184,7 @@ def _copy(source: _Source, connection: sqlite3.Connection, size: int) -> Salvage
     pending, dead = counts
     last = max(last, pending + dead)
     delivered, erased, expired, dead_erased, lost = _books(state, known, pending, dead)
-    if not reached_end or (lost or 0) * _LEAST_ROW_BYTES > size:
+    if not reached_end or source.is_torn or (lost or 0) * _LEAST_ROW_BYTES > size:
         lost = None
     # An id that no event has any more is booked as buried and requeued: it was given twice, so to speak, and so it
     # counts neither as accepted nor as anything else.

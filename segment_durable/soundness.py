@@ -12,9 +12,21 @@ from collections.abc import Iterator
 from types import NoneType
 from typing import Any
 
-__all__ = ["TOTALS_KINDS", "UNSOUND_BODY", "Kinds", "all_sound", "are_books_sound", "is_sound", "malformed", "sound"]
+__all__ = [
+    "MOST",
+    "TOTALS_KINDS",
+    "UNSOUND_BODY",
+    "Kinds",
+    "all_sound",
+    "are_books_sound",
+    "is_sound",
+    "malformed",
+    "sound",
+]
 
 Kinds = tuple[type | tuple[type, ...], ...]  # of the columns of a row
+
+MOST = 1 << 53  # events that an outbox can ever have had: a million a second for three centuries
 
 TOTALS_KINDS: Kinds = (int, (int, NoneType), int, int, int, int, int, int, int)
 
@@ -49,4 +61,6 @@ def are_books_sound(totals: Any) -> bool:
     last, first, delivered, buried, erased, expired, requeued, dead_erased, _ = totals
     pending = last - delivered - buried - erased - expired
     room = 0 if first is None else last - first + 1
-    return bool(min(totals[2:]) >= 0 and (room > 0) <= pending <= room and requeued + dead_erased <= buried)
+    return bool(
+        min(totals[2:]) >= 0 and last < MOST and (room > 0) <= pending <= room and requeued + dead_erased <= buried
+    )

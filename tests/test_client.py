@@ -670,6 +670,20 @@ def test_a_callback_that_flushes_or_shuts_down_does_not_wait_for_itself(
     assert client.stats().balanced
 
 
+def test_that_a_flush_can_not_read_the_outbox_is_logged_once_with_a_count(
+    make_client: MakeClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = make_client(deliver=False)
+    client.track("u", "e")
+
+    def fail(*_: object) -> int:
+        raise StorageError("the outbox is in use by another thread", "SQLITE_BUSY")
+
+    monkeypatch.setattr(Outbox, "last_id", fail)
+    assert [client.flush(0) for _ in range(3)] == [False] * 3
+    assert caplog.messages == ["flush (1 times): the outbox is in use by another thread"]
+
+
 def wait_until(condition: Callable[[], bool]) -> None:
     """There is no signal for what a thread of the package has seen."""
     patience = threading.Event()

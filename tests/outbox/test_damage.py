@@ -139,6 +139,19 @@ def test_damage_is_met_without_loading_a_module(folder: Path) -> None:
     assert (done.stdout.split(), done.stderr) == ([], "")
 
 
+@pytest.mark.parametrize("at", [0, 20, 32 + 24 + PAGE // 2, -PAGE // 2], ids=["magic", "salt", "first frame", "last"])
+def test_how_many_were_lost_is_not_known_where_the_wal_can_not_be_read_to_its_end(
+    outbox_factory: MakeOutbox, folder: Path, at: int
+) -> None:
+    fill(folder, checkpointed=False)
+    wal = folder / "outbox.db-wal"
+    overwrite(wal, at if at >= 0 else wal.stat().st_size + at, b"printed")
+    overwrite(folder / "outbox.db", 16, b"xx")
+    outbox = outbox_factory()
+    (told,) = outbox.db.damage.news
+    assert told.lost is None
+
+
 # -- what is found when the outbox is opened
 
 

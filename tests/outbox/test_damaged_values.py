@@ -246,6 +246,22 @@ def test_a_value_of_a_wrong_type_is_damage(
         shutil.rmtree(folder)
 
 
+@pytest.mark.parametrize("last_id", [1 << 53, 1 << 62, (1 << 63) - 1])
+def test_a_last_id_that_no_outbox_can_have_come_to_is_damage_and_is_not_gone_on_from(
+    outbox_factory: MakeOutbox, tmp_path: Path, last_id: int
+) -> None:
+    fill(tmp_path / "damaged")
+    damage(tmp_path / "damaged", "state", "last_id", last_id)
+    outbox = outbox_factory(folder=tmp_path / "damaged", write_key="key")
+    assert outbox.put(body(21), 5, 1000)
+    assert outbox.last_id() < 1 << 40
+    life = Life(outbox, None)
+    life.drain()
+    assert outbox.stats().pending == 0
+    assert outbox.stats().balanced
+    assert len(kept_sets(tmp_path / "damaged")) == 1
+
+
 def _live_with(outbox_factory: MakeOutbox, folder: Path, what: Damage, call: str, *, opened: bool) -> None:
     told: list[OutboxDamaged] = []
     lease = None
