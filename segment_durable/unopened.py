@@ -22,7 +22,7 @@ _TRY_AGAIN = 1.0  # seconds until the next call tries to open the outbox
 class Unopened:
     """Has the methods of a `Client` with these `settings`; `problem` is why there is none."""
 
-    _log = Limiter(60.0, SystemClock())
+    _log, _flush_log = Limiter(60.0, SystemClock()), Limiter(60.0, SystemClock())
 
     def __init__(self, settings: dict[str, Any], problem: OutboxError) -> None:
         self._client = Client(**{**settings, "send": False})  # checks what is passed, and encodes it
@@ -43,7 +43,9 @@ class Unopened:
         return lambda *arguments, **named: self._refuse(take(*arguments, **named)[1])
 
     def flush(self, timeout: float | None = None) -> bool:
-        log.error("flush: %s", self._problem)
+        times = self._flush_log.tick()
+        if times:
+            log.error("flush (%d times): %s", times, self._problem)
         return False
 
     def stats(self) -> OutboxStats:
