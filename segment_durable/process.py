@@ -107,10 +107,7 @@ def _replace(engine: Engine) -> None:
                 successor = Engine(
                     engine.config, engine.clock, key=key, make_transport=engine.make_transport, on_gone=_replace
                 )
-            # One whose clients are all gone has its settings still: what waits in it must not go anywhere else.
-            for member in (not is_over and list(engine.members)) or [Member(engine.config)]:
-                successor.join(member)
-            del member  # it may be a client's that is about to be collected, or nobody's
+            _take_along(engine, successor, with_clients=not is_over)
             if _engines.get(engine.key) is engine:
                 del _engines[engine.key]
             _engines[key] = engine.successor = successor
@@ -121,6 +118,12 @@ def _replace(engine: Engine) -> None:
                 _end_unless_used(successor)
     except (ConfigError, OutboxError) as problem:  # the next attempt is a little later
         engine.complain(problem)
+
+
+def _take_along(engine: Engine, successor: Engine, *, with_clients: bool) -> None:
+    """Let its clients in; where there is none its settings have to agree all the same, for its events go along."""
+    for member in (list(engine.members) if with_clients else []) or [Member(engine.config)]:
+        successor.join(member)
 
 
 def _end_unless_used(engine: Engine) -> None:

@@ -737,71 +737,6 @@ def test_clients_of_a_deleted_outbox_go_on_delivering_without_a_call(
     assert client.stats().pending == 0
 
 
-@pytest.mark.parametrize("also_another", [False, True])
-def test_clients_of_an_outbox_whose_path_leads_elsewhere_go_on_there_with_one_engine(
-    make_client: MakeClient, tmp_path: Path, also_another: bool
-) -> None:
-    """As where each release of a program has a folder, and a symbolic link leads to that of now."""
-    for release in ("old", "new"):
-        (tmp_path / release).mkdir(0o700)
-    link = tmp_path / "current"
-    link.symlink_to("old", target_is_directory=True)
-    told: list[str] = []
-    client = make_client(deliver=False, outbox_dir=link / "outbox", on_error=lambda *_: told.append("first"))
-    second = make_client(deliver=False, outbox_dir=link / "outbox", on_error=lambda *_: told.append("second"))
-    assert client.track("u", "before")[0]
-    other = make_client(deliver=False, outbox_dir=tmp_path / "new" / "outbox") if also_another else None
-    (tmp_path / "next").symlink_to("new", target_is_directory=True)
-    os.replace(tmp_path / "next", link)
-    assert client.track("u", "afterwards")[0]
-    wait_until(lambda: sorted(told) == ["first", "second"])
-    (engine,) = process._engines.values()
-    assert engine.key == str(tmp_path / "new" / "outbox")
-    assert client.track("u", "later")[0]
-    assert list(process._engines.values()) == [engine]
-    client.shutdown(0)
-    second.shutdown(0)
-    if other is not None:
-        assert other.stats().pending == 3
-        other.shutdown(0)
-    assert not process._engines
-    with contextlib.closing(Outbox(tmp_path / "new" / "outbox", SystemClock())) as outbox:
-        waiting = [json.loads(row.body)["event"] for row in outbox.rows(0, 1 << 60)]
-    assert sorted(waiting) == ["afterwards", "before", "later"]
-
-
-@pytest.mark.parametrize("collected", [False, True])
-def test_events_of_an_outbox_whose_path_leads_to_that_of_another_host_now_stay_where_they_are(
-    receiver: Receiver, make_client: MakeClient, tmp_path: Path, collected: bool
-) -> None:
-    for release in ("old", "new"):
-        (tmp_path / release).mkdir(0o700)
-    link = tmp_path / "current"
-    link.symlink_to("old", target_is_directory=True)
-    told: list[Exception] = []
-    client: Client | None = Client(
-        "test-key",
-        receiver.url,
-        deliver=False,
-        outbox_dir=link / "outbox",
-        on_error=lambda problem, _: told.append(problem),
-    )
-    assert client is not None
-    other = make_client(deliver=False, outbox_dir=tmp_path / "new" / "outbox", host="http://127.0.0.1:9")
-    (tmp_path / "next").symlink_to("new", target_is_directory=True)
-    os.replace(tmp_path / "next", link)
-    assert client.track("u", "waits")[0]
-    if collected:
-        client = None
-        gc.collect()
-    wait_until(lambda: bool(told))
-    assert isinstance(told[0], ConfigError)
-    assert told[0].field == "host"
-    assert other.stats().pending == 0
-    with contextlib.closing(Outbox(tmp_path / "old" / "outbox", SystemClock())) as outbox:
-        assert outbox.pending() == 1
-
-
 @pytest.fixture
 def switch(tmp_path: Path) -> Callable[[], None]:
     """Has the symbolic link `current`, which leads to a folder of the same user's, lead to another one."""
@@ -815,6 +750,59 @@ def switch(tmp_path: Path) -> Callable[[], None]:
 def waiting_events(folder: Path) -> list[str]:
     with contextlib.closing(Outbox(folder, SystemClock())) as outbox:
         return [json.loads(row.body)["event"] for row in outbox.rows(0, 1 << 60)]
+
+
+@pytest.mark.parametrize("also_another", [False, True])
+def test_clients_of_an_outbox_whose_path_leads_elsewhere_go_on_there_with_one_engine(
+    make_client: MakeClient, tmp_path: Path, switch: Callable[[], None], also_another: bool
+) -> None:
+    """As where each release of a program has a folder, and a symbolic link leads to that of now."""
+    told: list[str] = []
+    path = tmp_path / "current" / "outbox"
+    client = make_client(deliver=False, outbox_dir=path, on_error=lambda *_: told.append("first"))
+    second = make_client(deliver=False, outbox_dir=path, on_error=lambda *_: told.append("second"))
+    assert client.track("u", "before")[0]
+    other = make_client(deliver=False, outbox_dir=tmp_path / "new" / "outbox") if also_another else None
+    switch()
+    assert client.track("u", "afterwards")[0]
+    wait_until(lambda: sorted(told) == ["first", "second"])
+    (engine,) = process._engines.values()
+    assert engine.key == str(tmp_path / "new" / "outbox")
+    assert client.track("u", "later")[0]
+    assert list(process._engines.values()) == [engine]
+    client.shutdown(0)
+    second.shutdown(0)
+    if other is not None:
+        assert other.stats().pending == 3
+        other.shutdown(0)
+    assert not process._engines
+    assert sorted(waiting_events(tmp_path / "new" / "outbox")) == ["afterwards", "before", "later"]
+
+
+@pytest.mark.parametrize("collected", [False, True])
+def test_events_of_an_outbox_whose_path_leads_to_that_of_another_host_now_stay_where_they_are(
+    receiver: Receiver, make_client: MakeClient, tmp_path: Path, switch: Callable[[], None], collected: bool
+) -> None:
+    told: list[Exception] = []
+    client: Client | None = Client(
+        "test-key",
+        receiver.url,
+        deliver=False,
+        outbox_dir=tmp_path / "current" / "outbox",
+        on_error=lambda problem, _: told.append(problem),
+    )
+    assert client is not None
+    other = make_client(deliver=False, outbox_dir=tmp_path / "new" / "outbox", host="http://127.0.0.1:9")
+    switch()
+    assert client.track("u", "waits")[0]
+    if collected:
+        client = None
+        gc.collect()
+    wait_until(lambda: bool(told))
+    assert isinstance(told[0], ConfigError)
+    assert told[0].field == "host"
+    assert other.stats().pending == 0
+    assert waiting_events(tmp_path / "old" / "outbox") == ["waits"]
 
 
 @pytest.mark.parametrize("is_exit", [False, True])
