@@ -23,6 +23,11 @@ from segment_durable.logs import call, get_log
 from segment_durable.message import compose, encode_message
 from segment_durable.records import NO_EVENTS, OutboxStats
 
+if TYPE_CHECKING:  # a client has each setting under its name
+    from segment_durable.config import Settings as _Settings
+else:
+    _Settings = object
+
 __all__ = ["Client"]
 
 log = get_log("client")
@@ -31,7 +36,7 @@ Result = tuple[bool, dict[str, Any]]
 Identifier = Any  # a str, a number or a UUID; checked at run time
 
 
-class Client:
+class Client(_Settings):
     """Takes events into the outbox of one source and has them delivered.
 
     The settings are those of segment-analytics-python's `Client`, in its order, and some more; `docs/settings.md`

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from segment_durable.errors import ConfigError, OutboxUnavailable
 
-__all__ = ["DEFAULTS", "DEFAULT_HOST", "FOREVER", "MAX_BATCH_EVENTS", "Config", "default_outbox_dir"]
+__all__ = ["DEFAULTS", "DEFAULT_HOST", "FOREVER", "MAX_BATCH_EVENTS", "Config", "Settings", "default_outbox_dir"]
 
 DEFAULT_HOST = "https://api.segment.io"
 FOREVER = 1e9  # seconds, 31 years: what infinity and other absurd times are cut to; the system's clocks take no more
@@ -25,8 +25,8 @@ Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Config:
-    """Every setting of a client, checked.  `docs/settings.md` says what each one does, with its unit."""
+class Settings:
+    """Every setting of a client.  `docs/settings.md` says what each one does, with its unit."""
 
     write_key: str | None = field(default=None, repr=False)
     host: str | None = None
@@ -59,6 +59,11 @@ class Config:
     max_dead_letters: int = 10_000
     on_success: Callable[[list[Message]], object] | None = None
     before_send: Callable[[Message], Message | None] | None = None
+
+
+@dataclass(frozen=True)
+class Config(Settings):
+    """The settings, checked."""
 
     def __post_init__(self) -> None:
         self._check_write_key()

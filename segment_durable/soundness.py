@@ -19,6 +19,7 @@ __all__ = [
     "Kinds",
     "all_sound",
     "are_books_sound",
+    "check_numbers",
     "is_sound",
     "malformed",
     "sound",
@@ -26,7 +27,9 @@ __all__ = [
 
 Kinds = tuple[type | tuple[type, ...], ...]  # of the columns of a row
 
-MOST = 1 << 53  # events that an outbox can ever have had: a million a second for three centuries
+# No number that is stored is as high: as many events would be a million a second for three centuries, as many
+# milliseconds since 1970 go beyond the year 280,000.
+MOST = 1 << 53
 
 TOTALS_KINDS: Kinds = (int, (int, NoneType), int, int, int, int, int, int, int)
 
@@ -52,6 +55,12 @@ def sound(row: Any, kinds: Kinds) -> Any:
 def all_sound(rows: sqlite3.Cursor, kinds: Kinds) -> Iterator[Any]:
     """The rows, one by one; raises as `sound` does."""
     return (sound(row, kinds) for row in rows)
+
+
+def check_numbers(*numbers: int) -> None:
+    """Raise `malformed()` if one of them is none that can be counted up to."""
+    if not all(0 <= number < MOST for number in numbers):
+        raise malformed()
 
 
 def are_books_sound(totals: Any) -> bool:

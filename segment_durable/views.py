@@ -9,7 +9,7 @@ from typing import Any
 
 from segment_durable.clock import Clock
 from segment_durable.records import Backoff, OutboxStats
-from segment_durable.soundness import TOTALS_KINDS, Kinds, all_sound, sound
+from segment_durable.soundness import TOTALS_KINDS, Kinds, all_sound, check_numbers, sound
 
 __all__ = ["REBOOT_CAP", "TOTALS", "read_backoff", "read_leases", "read_stats"]
 
@@ -44,7 +44,10 @@ FROM state
 
 def read_leases(connection: sqlite3.Connection) -> list[Any]:
     """first_id, last_id, token, attempt, holder, pid, boot_id, leased_at, deadline of each, in order."""
-    return list(all_sound(connection.execute(_LEASES), _LEASE_KINDS))
+    leases = list(all_sound(connection.execute(_LEASES), _LEASE_KINDS))
+    for first, last, _, attempt, *_ in leases:
+        check_numbers(first, last, attempt)
+    return leases
 
 
 def read_backoff(connection: sqlite3.Connection, clock: Clock) -> Backoff:
@@ -52,6 +55,7 @@ def read_backoff(connection: sqlite3.Connection, clock: Clock) -> Backoff:
     row = sound(connection.execute(_BACKOFF).fetchone(), _BACKOFF_KINDS)
     boot_id, not_before, not_before_wall, told, failures = row[:5]
     first_failure, first_throttle, reported, last_error, last_error_at = row[5:]
+    check_numbers(failures, last_error_at)
     now = clock.boot()
     longest = _LONGEST_WAIT if boot_id else REBOOT_CAP
     restarted = not_before > 0 and (boot_id != clock.boot_id() or not_before - now > longest)

@@ -262,6 +262,26 @@ def test_a_last_id_that_no_outbox_can_have_come_to_is_damage_and_is_not_gone_on_
     assert len(kept_sets(tmp_path / "damaged")) == 1
 
 
+@pytest.mark.parametrize("value", [-1, 1 << 53, (1 << 63) - 1])
+@pytest.mark.parametrize("column", ["lease.last_id", "lease.attempt", "backoff.failures", "backoff.last_error_at"])
+def test_a_number_that_nothing_was_ever_counted_up_to_is_damage(
+    outbox_factory: MakeOutbox, tmp_path: Path, column: str, value: int
+) -> None:
+    fill(tmp_path)
+    told: list[OutboxDamaged] = []
+    outbox = outbox_factory(folder=tmp_path, write_key="key")
+    outbox.db.damage.on_damaged = told.append
+    life = Life(outbox, take(outbox, 8))
+    table, _, name = column.partition(".")
+    damage(tmp_path, table, name, value)
+    life.lease_more()
+    life.drain()
+    outbox.db.damage.tell()
+    assert len(told) == 1
+    assert outbox.stats().pending == 0
+    assert life.out == [body(number) for number in PENDING]
+
+
 def _live_with(outbox_factory: MakeOutbox, folder: Path, what: Damage, call: str, *, opened: bool) -> None:
     told: list[OutboxDamaged] = []
     lease = None
