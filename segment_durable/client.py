@@ -209,12 +209,17 @@ class Client(_Settings):
     def _flush_all(self, timeout: float | None, *, start: bool) -> bool:
         if not self._config.send:
             return True
+        end = None
         while True:
             engine = None
             try:
                 engine = self._live()
                 if start and self._delivers:
                     engine.sender.start()
+                if timeout is not None:
+                    now = engine.clock.boot()
+                    end = now + timeout if end is None else end
+                    timeout = max(0.0, end - now)
                 flushed = self._flush(engine, timeout)
                 if flushed and engine.successor is not None:
                     continue  # that outbox may be empty because all was moved

@@ -51,6 +51,7 @@ BUSY_TIMEOUT = 5.0  # seconds that SQLite waits for a foreign program that doesn
 # its number, and must not be printed into.
 FOR_SYNC = (os.O_RDWR if os.name == "nt" else os.O_RDONLY) | getattr(os, "O_CLOEXEC", 0)
 _NOT_WRITABLE = "is not writable for this user: run as its owner, or set outbox_dir to a folder of this user's"
+_LONGEST_PATH = 500  # bytes; nearly what SQLite takes, which adds to it
 _WITHOUT_WAL = "its filesystem can't do SQLite's WAL mode: set outbox_dir to a folder on a local disk"
 
 
@@ -157,7 +158,9 @@ def _create(path: Path, *, is_ours: bool) -> bool:
     """
     # Looked at, never opened here: closing a descriptor of a database drops the locks of SQLite's own.
     with contextlib.suppress(FileNotFoundError):
-        found = os.stat(path)
+        found = os.lstat(path)
+        if stat.S_ISLNK(found.st_mode):
+            raise OutboxUnavailable(path, "is a symbolic link: make the folder one, or set outbox_dir to the other one")
         if not stat.S_ISREG(found.st_mode):
             raise NotAnOutbox(path, "is not a file")
         if found.st_size:
@@ -251,5 +254,7 @@ def unavailable(path: Path, problem: Exception) -> OutboxUnavailable:
     file = problem.filename if isinstance(problem, PermissionError) else unwritable(path)
     if file is not None:
         return OutboxUnavailable(file, _NOT_WRITABLE)
+    if isinstance(problem, sqlite3.Error) and len(os.fsencode(os.path.realpath(path))) > _LONGEST_PATH:
+        return OutboxUnavailable(path, "its path is longer than SQLite takes: set outbox_dir to a shorter one")
     reason = problem.strerror if isinstance(problem, OSError) else problem
     return OutboxUnavailable(path, f"{reason}: set outbox_dir to a folder on a local disk that this user may write to")

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -1090,6 +1090,28 @@ def test_erase_leaves_what_a_running_process_has_on_its_way(tmp_path: Path, caps
     assert box.ack(lease, 2) == 2
     assert box.stats().balanced
     close(box)
+
+
+def test_a_change_that_is_interrupted_says_where_to_see_how_far_it_came(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box = Outbox(tmp_path, SystemClock())
+    fill(box, 5)
+    close(box)
+    erase, portions = Outbox._erase, iter(range(2))
+
+    def erase_a_portion(self: Outbox, spans: Sequence[tuple[int, int]]) -> int:
+        if next(portions, None) is None:
+            raise KeyboardInterrupt
+        return erase(self, spans)
+
+    monkeypatch.setattr("segment_durable.outbox._ERASED_AT_ONCE", 2)
+    monkeypatch.setattr(Outbox, "_erase", erase_a_portion)
+    assert main(["erase", str(tmp_path), "--state", "pending", "--all", "--yes"]) == 130
+    said = capsys.readouterr()
+    assert (said.out, said.err.count("\n")) == ("", 1)
+    assert "stays done, see `segment-durable status`" in said.err
+    assert after(tmp_path) == (1, 0, 4, True)
 
 
 @pytest.mark.parametrize("command", [["requeue", "--all"], ["erase", "--state", "dead", "--all", "--yes"]])

@@ -847,6 +847,26 @@ def test_a_shutdown_in_the_middle_of_which_the_path_leads_elsewhere_ends_the_eng
     assert waiting_events(tmp_path / "new" / "outbox") == ["e"]
 
 
+def test_a_flush_in_the_middle_of_which_the_path_leads_elsewhere_has_the_time_that_is_left(
+    make_client: MakeClient, tmp_path: Path, switch: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Exception] = []
+    times: list[float] = []
+    client = make_client(outbox_dir=tmp_path / "current" / "outbox", on_error=lambda problem, _: told.append(problem))
+
+    def flush(self: sender.Sender, timeout: float) -> bool:
+        times.append(timeout)
+        wait_until(lambda: bool(told))
+        return True
+
+    monkeypatch.setattr(sender.Sender, "flush", flush)
+    switch()
+    assert client.track("u", "e")[0]
+    assert client.flush(60)
+    first, second = times
+    assert 0 < second < first == 60
+
+
 def test_an_outbox_that_is_found_to_be_elsewhere_just_after_the_shutdown_leaves_no_engine_behind(
     make_client: MakeClient, tmp_path: Path, switch: Callable[[], None]
 ) -> None:

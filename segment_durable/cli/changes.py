@@ -72,6 +72,9 @@ def _outbox(args: argparse.Namespace, clock: Clock) -> Iterator[Outbox]:
     outbox = Outbox(reader.folder, clock)
     try:
         yield outbox
+    except KeyboardInterrupt:
+        print("interrupted: what was done up to now stays done, see `segment-durable status`", file=sys.stderr)
+        raise
     finally:
         outbox.close()
 

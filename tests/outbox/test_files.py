@@ -380,6 +380,34 @@ def test_a_database_of_another_application_is_refused_and_not_touched(
     assert kept(folder, before) == before
 
 
+@pytest.mark.skipif(os.name == "nt", reason="a link needs a right of its own here")
+@pytest.mark.parametrize("leads_to", ["an outbox", "nothing"])
+def test_a_database_that_is_a_symbolic_link_is_named_as_one(
+    outbox_factory: Callable[..., Outbox], folder: Path, tmp_path: Path, leads_to: str
+) -> None:
+    """SQLite would keep the WAL beside what it leads to."""
+    outbox = outbox_factory()
+    assert outbox.put(b"{}", 1)
+    outbox.close()
+    (folder / "outbox.db").rename(tmp_path / "real.db")
+    (folder / "outbox.db").symlink_to(tmp_path / "real.db")
+    if leads_to == "nothing":
+        (tmp_path / "real.db").unlink()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(OutboxUnavailable, match="is a symbolic link"):
+        outbox_factory()
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (folder / "outbox.db").is_symlink()
+
+
+def test_a_path_that_is_too_long_for_sqlite_is_named_as_such(
+    outbox_factory: Callable[..., Outbox], tmp_path: Path
+) -> None:
+    folder = tmp_path.joinpath(*["x" * 100] * 5)
+    with pytest.raises(OutboxUnavailable, match="longer than SQLite takes: set outbox_dir to a shorter one"):
+        outbox_factory(folder=folder)
+
+
 def test_an_empty_database_with_another_applications_id_is_refused(
     outbox_factory: Callable[..., Outbox], folder: Path
 ) -> None:
