@@ -236,7 +236,7 @@ class Client(_Settings):
         """End the sender once the upload that it is at is over; does not flush.  A later call starts it again."""
         engine = self._engine
         if engine is not None and engine.pid == getpid():
-            engine.sender.stop(2 * self._config.timeout, _nothing)
+            engine.latest.sender.stop(2 * self._config.timeout, _nothing)
 
     def shutdown(self, timeout: float | None = None) -> bool:
         """Flush, end the sender and close the files; True if all that was pending has left the outbox.

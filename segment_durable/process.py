@@ -28,6 +28,8 @@ __all__ = ["attach", "detach"]
 
 log = get_log("")
 
+_LAST_MOMENT = 0.1  # seconds for idle threads to end, whatever the time: an interpreter within another dies of them
+
 _lock = PatientLock()
 _engines: dict[str, Engine] = {}
 _pid = os.getpid()
@@ -236,7 +238,7 @@ def _at_exit() -> None:
             engines.append((engine.successor, end))
         if _engines.get(engine.key) is engine:
             del _engines[engine.key]  # a thread that goes on gets another one
-        engine.close(max(0.0, end - engine.clock.boot()))
+        engine.close(max(_LAST_MOMENT, end - engine.clock.boot()))
 
 
 atexit.register(_at_exit)

@@ -867,6 +867,22 @@ def test_a_flush_in_the_middle_of_which_the_path_leads_elsewhere_has_the_time_th
     assert 0 < second < first == 60
 
 
+def test_join_ends_the_sender_of_where_the_path_leads_now(
+    make_client: MakeClient, tmp_path: Path, switch: Callable[[], None]
+) -> None:
+    told: list[Exception] = []
+    client = make_client(
+        outbox_dir=tmp_path / "current" / "outbox", upload_interval=600, on_error=lambda problem, _: told.append(problem)
+    )
+    switch()
+    assert client.track("u", "e")[0]
+    wait_until(lambda: bool(told))
+    (engine,) = process._engines.values()
+    wait_until(lambda: engine.sender.is_running)
+    client.join()
+    assert not engine.sender.is_running
+
+
 def test_an_outbox_that_is_found_to_be_elsewhere_just_after_the_shutdown_leaves_no_engine_behind(
     make_client: MakeClient, tmp_path: Path, switch: Callable[[], None]
 ) -> None:

@@ -223,3 +223,32 @@ threading.Thread(target=work, daemon=True).start()
     lines = said.splitlines()
     assert lines[0] == "accepted while another is flushed: True", said
     assert lines[1].startswith("events that stay on disk"), said
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="before 3.12 an interpreter with threads can't be ended at all")
+def test_an_interpreter_within_another_ends_while_the_receiver_is_away(receiver: Receiver, tmp_path: Path) -> None:
+    """As those of mod_wsgi: where a thread of it is left, Python ends the process."""
+    receiver.always(Answer(503))
+    code = """
+inner = f'''
+import sys
+sys.argv = {sys.argv!r}
+{head}
+analytics.shutdown_timeout = 0.5
+accepted, _ = analytics.track("u", "kept")
+assert accepted
+'''
+if sys.version_info >= (3, 13):
+    import _interpreters
+    within = _interpreters.create("legacy")
+    failed = _interpreters.exec(within, inner)
+    _interpreters.destroy(within)
+else:
+    import _xxsubinterpreters
+    within = _xxsubinterpreters.create(isolated=False)
+    failed = _xxsubinterpreters.run_string(within, inner)
+    _xxsubinterpreters.destroy(within)
+assert failed is None, failed
+"""
+    said, _ = run(f"head = {HEAD!r}{code}", receiver, tmp_path)
+    assert said == "events that stay on disk, for the next process that delivers: 1\n"
