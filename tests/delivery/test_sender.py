@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sqlite3
 import threading
 from collections.abc import Callable
@@ -12,7 +13,8 @@ from typing import Any
 import pytest
 
 from segment_durable import Client
-from segment_durable.clock import SystemClock
+from segment_durable.clock import SystemClock, Waitable
+from segment_durable.delivery import Step
 from segment_durable.errors import OutboxBusy, StorageError
 from segment_durable.outbox import Outbox
 from segment_durable.sender import Sender
@@ -89,6 +91,56 @@ def test_nobody_delivers_inline_once_the_sender_is_closed(bench: Bench) -> None:
     with pytest.raises(OutboxBusy):
         sender.drain(1, None)
     assert delivery.posts == []
+
+
+@pytest.mark.parametrize("answer", [None, 503], ids=["nothing to do", "a receiver that is away"])
+def test_a_sender_waits_as_a_step_says(bench: Bench, answer: int | None) -> None:
+    if answer is not None:
+        bench.put(1)
+    steps: list[tuple[Step, float]] = []
+
+    def note(step: Step, began: float) -> None:
+        steps.append((step, bench.clock.boot()))
+        if len(steps) == 12:
+            worker.end()
+
+    delivery = bench.sender(lambda _: answer or 200).delivery
+    worker = Worker(note, bench.outbox, bench.config, bench.clock, lambda: delivery)
+    worker._run()
+    assert {step.kind for step, _ in steps} == {"empty" if answer is None else "failed"}
+    for (step, at), (_, later) in itertools.pairwise(steps):
+        assert later - at >= (0.5 if step.seconds is None else step.seconds)
+    assert steps[-1][1] - steps[0][1] > 5
+
+
+@pytest.mark.parametrize(
+    ("pending", "answer", "wakes"),
+    [(0, 200, 1), (1, 200, 3), (4, 503, None)],
+    ids=["the first", "the one that fills the batch", "none before the next attempt"],
+)
+def test_which_event_wakes_a_sender_that_waits(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, pending: int, answer: int, wakes: int | None
+) -> None:
+    bench.configure(upload_size=4, upload_interval=0.2)
+    bench.put(pending)
+
+    def respond(_: Post) -> int:
+        worker.event.set()  # an event was appended meanwhile
+        return answer
+
+    delivery = bench.sender(respond).delivery
+    worker = Worker(lambda step, began: None, bench.outbox, bench.config, bench.clock, lambda: delivery)
+    waits: list[int | None] = []
+
+    def wait(event: Waitable, seconds: float) -> bool:
+        assert not event.is_set()
+        waits.append(worker.wake_at if worker.wake_at < 1000 else None)
+        worker.end()
+        return True
+
+    monkeypatch.setattr(bench.clock, "wait", wait)
+    worker._run()
+    assert waits == [wakes]
 
 
 def test_to_stop_a_worker_that_has_ended_calls_back_at_once(bench: Bench) -> None:
