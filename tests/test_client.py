@@ -872,7 +872,9 @@ def test_join_ends_the_sender_of_where_the_path_leads_now(
 ) -> None:
     told: list[Exception] = []
     client = make_client(
-        outbox_dir=tmp_path / "current" / "outbox", upload_interval=600, on_error=lambda problem, _: told.append(problem)
+        outbox_dir=tmp_path / "current" / "outbox",
+        upload_interval=600,
+        on_error=lambda problem, _: told.append(problem),
     )
     switch()
     assert client.track("u", "e")[0]
