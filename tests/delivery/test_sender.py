@@ -397,6 +397,46 @@ def test_a_lease_whose_events_are_gone_is_damage_and_is_told(bench: Bench) -> No
     assert len(told) == 1
 
 
+@pytest.mark.parametrize(("answer", "kind"), [(200, "lost"), (400, "lost"), (503, "failed")])
+def test_a_sender_that_has_lost_its_lease_sends_nothing_more_of_it(bench: Bench, answer: int, kind: str) -> None:
+    bench.configure(upload_size=1)
+    bench.put(3)
+
+    def respond(_: Post) -> int:
+        with bench.outbox.db.write() as connection:  # as another process that takes it over, and ends
+            connection.execute("DELETE FROM lease")
+        return answer
+
+    sender = bench.sender(respond)
+    assert sender.step().kind == kind
+    assert not sender.delivery.is_under_way
+    assert bench.outbox.pending() == 3
+
+
+def test_for_expired_events_it_is_looked_once_a_second(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.configure(upload_size=1, max_age=3600)
+    looks: list[float] = []
+    monkeypatch.setattr(bench.outbox, "expire", lambda older_than: looks.append(older_than))
+    sender = bench.sender()
+    for number in range(24):
+        bench.put(1)
+        assert sender.step().kind == "delivered", number
+        bench.clock.advance(0.125)
+    assert len(looks) == 3
+
+
+def test_where_a_part_of_a_lease_is_gone_the_rest_is_leased_anew(bench: Bench) -> None:
+    bench.put(8)
+    sender = bench.sender(lambda post: 400 if len(numbers_of(post)) == 8 else 200)
+    assert sender.step().kind == "split"
+    with bench.outbox.db.write() as connection:
+        connection.execute("DELETE FROM event WHERE id <= 4")
+    assert sender.step().kind == "lost"
+    assert not sender.delivery.is_under_way
+    assert sender.step().kind == "delivered"
+    assert sender.sent[1:] == [[5, 6, 7, 8]]
+
+
 def test_counters_that_do_not_know_of_an_event_are_found_to_be_damaged(make_client: MakeClient, tmp_path: Path) -> None:
     told = threading.Event()
     client = make_client(upload_interval=3600, on_error=lambda problem, items: told.set())
