@@ -238,16 +238,17 @@ def _default_client() -> Client | _Unopened | _Unloaded:
 def _make_client() -> Client | _Unopened:
     global default_client, _unopened
     with _loading():
-        from segment_durable.client import Client
+        from segment_durable.client import Client as _Client
         from segment_durable.unopened import Unopened as _Unopened
 
+    make = globals().get("Client", _Client)  # which a test may have put something else into
     with _lock:
         if default_client is not None:
             return default_client
-        if _unopened is None or _unopened.is_over:
-            settings = {name: globals()[name] for name in DEFAULTS}
+        settings = {name: globals()[name] for name in DEFAULTS}
+        if _unopened is None or _unopened.is_over or _unopened.settings != settings:
             try:
-                default_client, _unopened = Client(**settings), None
+                default_client, _unopened = make(**settings), None
                 return default_client
             except (OutboxUnavailable, OutboxBusy, StorageError) as problem:
                 _unopened = _Unopened(settings, problem)

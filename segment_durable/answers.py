@@ -111,6 +111,9 @@ def told_wait(headers: Mapping[str, str], now: float) -> float:
         if not text:
             continue
         seconds = _number(text)
+        if seconds is None:  # said by more than one on the way: urllib3 joins them
+            several = [number for number in map(_number, text.split(",")) if number is not None]
+            seconds = max(several, default=None)
         if seconds is None or seconds > _EPOCH:
             seconds = _seconds_until(http_date(text) if seconds is None else seconds, headers.get("Date", ""), now)
         if seconds is not None and seconds > 0:

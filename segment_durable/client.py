@@ -15,7 +15,7 @@ from segment_durable import process
 from segment_durable.clock import SystemClock
 from segment_durable.config import DEFAULTS, FOREVER, Config
 from segment_durable.encoding import plain
-from segment_durable.engine import Engine, Member
+from segment_durable.engine import Engine, Member, items_of
 from segment_durable.errors import ConfigError, OutboxError
 from segment_durable.interrupts import from_signal
 from segment_durable.limiter import Limiter
@@ -197,7 +197,7 @@ class Client(_Settings):
     def flush(self, timeout: float | None = None) -> bool:
         """Deliver what is pending now; True if all of it has left the outbox.
 
-        `timeout`: seconds to wait for that, 0: only says whether it has.  `None` waits until it is done or the retry
+        `timeout`: seconds to wait for that, 0: only says whether it has, and starts nothing.  `None` waits until it is done or the retry
         budget of a batch is used up (`max_retries`, `max_total_backoff_duration`, `max_rate_limit_duration`).  With
         `deliver=False` the events are another process's to deliver: `None` does not wait for that, a number does.  With
         `send=False` it is True.
@@ -214,7 +214,7 @@ class Client(_Settings):
             engine = None
             try:
                 engine = self._live()
-                if start and self._delivers:
+                if start and timeout != 0 and self._delivers:
                     engine.sender.start()
                 if timeout is not None:
                     now = engine.clock.boot()
@@ -334,15 +334,15 @@ class Client(_Settings):
             message = chosen
             body = encode_message(message)
         if not config.send:
-            return True, message
+            return self._unsent(message, body)
         engine = self._engine
         try:
             if engine is None or engine.pid != getpid():
                 engine = self._attach()
-            while (accepted := engine.put(body, int(now * 1000), message, config)) is None:
+            while (accepted := engine.put(body, int(now * 1000), config)) is None:
                 engine = self._attach()  # another thread has just shut down what this one was about to use
         except (OutboxError, ConfigError) as problem:  # ConfigError: another client has opened it otherwise meanwhile
-            self._unattached(problem, message)
+            self._unattached(problem, body)
             return False, message
         if not accepted:
             return False, message
@@ -356,6 +356,10 @@ class Client(_Settings):
                 self._resume()
         return True, message
 
+    def _unsent(self, message: dict[str, Any], body: bytes) -> Result:
+        """`send=False`."""
+        return True, message
+
     def _resume(self) -> None:
         """Another thread shut the client down while this one appended: the event is not to wait for the next call."""
         try:
@@ -363,13 +367,13 @@ class Client(_Settings):
         except (OutboxError, ConfigError) as problem:
             log.error("the event is on disk and waits for the next start: %s", problem)
 
-    def _unattached(self, problem: OutboxError | ConfigError, message: dict[str, Any]) -> None:
+    def _unattached(self, problem: OutboxError | ConfigError, body: bytes) -> None:
         """The outbox was fine at construction and can't be opened again now, in a forked child or after a shutdown."""
         times = self._trouble.tick()
         if times:
             log.error("the outbox can't be opened (%d times): %s", times, problem)
             if self._config.on_error is not None:
-                call(self._config.on_error, "on_error", problem, [message])
+                call(self._config.on_error, "on_error", problem, items_of(body))
 
     def _before_send(self, message: dict[str, Any]) -> dict[str, Any] | None:
         """What the user's hook makes of a copy of the message; the message as it was if the hook fails."""

@@ -48,6 +48,7 @@ _dumps = orjson.dumps
 _NESTING = frozenset({dict, list, tuple})
 _SCALARS = frozenset({str, int, float, bool, type(None), datetime, date, time, timedelta, Decimal, UUID})
 _all_scalars = _SCALARS.issuperset
+_TOO_FINE = ("[ns]", "[ps]", "[fs]", "[as]")  # of numpy's units of time
 _LISTS = (tuple, Set, deque, Sequence, ValuesView, Iterator)
 
 
@@ -248,6 +249,10 @@ def _convert(value: Any) -> tuple[Any, bool]:
         return (str(value) if isinstance(value, UUID) else fspath(value)), True
     if isinstance(value, timedelta):
         return value.total_seconds(), False
+    if _numpy_kind(value) in ("m", "M"):  # a span of time is an Integral, says numpy
+        if str(value.dtype).endswith(_TOO_FINE):  # it would make plain integers
+            value = value.astype(f"{value.dtype.kind}8[us]")
+        return value.tolist(), True
     if isinstance(value, Integral):
         return int(value), True
     if isinstance(value, (Decimal, Real)):
@@ -256,9 +261,18 @@ def _convert(value: Any) -> tuple[Any, bool]:
         return bytes(value).decode("utf-8", "replace"), False
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}, False
-    if type(value).__module__.partition(".")[0] == "numpy":
+    if _is_numpys(value):
         return value.tolist(), True
     return _name(value), False
+
+
+def _is_numpys(value: Any) -> bool:
+    return type(value).__module__.partition(".")[0] == "numpy"
+
+
+def _numpy_kind(value: Any) -> str:
+    """The letter that numpy has for the kind of its type; "" if it is none of numpy's."""
+    return getattr(getattr(value, "dtype", None), "kind", "") if _is_numpys(value) else ""
 
 
 def _iso(value: date | time) -> str:

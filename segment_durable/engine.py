@@ -28,7 +28,7 @@ from segment_durable.upload import Uploader
 if TYPE_CHECKING:
     from segment_durable.oauth import Tokens
 
-__all__ = ["Engine", "Member"]
+__all__ = ["Engine", "Member", "items_of"]
 
 log = get_log("")
 
@@ -119,7 +119,7 @@ class Engine:
         self._is_first_gone = self._is_first_gone or member.config is self.config
         return False
 
-    def put(self, body: bytes, appended_at: int, message: dict[str, Any], config: Config) -> bool | None:
+    def put(self, body: bytes, appended_at: int, config: Config) -> bool | None:
         """Append; whether it was accepted, or None if this engine has been closed: then another is to be attached.
 
         Raises nothing for what the disk does.
@@ -129,10 +129,10 @@ class Engine:
         except OutboxError as problem:
             if self.closed:
                 return None
-            self._refused(problem, message)
+            self._refused(problem, body)
             return False
         if not accepted:
-            self._full(config.max_queue_size, message)
+            self._full(config.max_queue_size, body)
             return False
         return True
 
@@ -150,7 +150,7 @@ class Engine:
             return self.sender.drain(self.outbox.last_id(), end)
         except OutboxError as problem:
             if not self.closed:  # by another thread; the event is on disk
-                self._refused(problem, None)
+                self._refused(problem)
             return False
 
     def close(self, timeout: float) -> bool:
@@ -194,7 +194,7 @@ class Engine:
 
     def complain(self, problem: ConfigError | OutboxError) -> None:
         """Tell, once in a while, of what keeps the outbox from being used."""
-        self._refused(problem, None)
+        self._refused(problem)
 
     def callbacks(self, name: str) -> list[Callable[..., object]]:
         """The callbacks that the clients gave for `name`, each once; those of one that was collected as well."""
@@ -212,11 +212,11 @@ class Engine:
         # Not the module's generator: forked children share its state, and would all retry at the same moments.
         return Delivery(self.outbox, uploader, self.config, self.clock, random.SystemRandom().random, self.reporter)
 
-    def _full(self, limit: int, message: dict[str, Any]) -> None:
+    def _full(self, limit: int, body: bytes) -> None:
         self._limit = limit
-        self._tell_full(self._full_log.tick(), self._full_call.tick(), [message])
+        self._tell_full(self._full_log.tick(), self._full_call.tick(), body)
 
-    def _tell_full(self, logged: int, called: int, messages: list[dict[str, Any]]) -> None:
+    def _tell_full(self, logged: int, called: int, body: bytes) -> None:
         """Tell of so many refused events, in the log and to `on_error`; 0: not there."""
         if logged:
             log.warning(
@@ -225,11 +225,11 @@ class Engine:
                 logged,
             )
         if called:
-            self.reporter.call_on_error(OutboxFull(self._limit, called), messages)
+            self.reporter.failed(OutboxFull(self._limit, called), [body])
 
     def _tell_rest(self) -> None:
         """At the end: what was kept back because so much of it had just been told."""
-        self._tell_full(self._full_log.rest(), self._full_call.rest(), [])
+        self._tell_full(self._full_log.rest(), self._full_call.rest(), b"")
         times = self._trouble_log.rest()
         if times:
             log.error("the outbox could not be written %d more times", times)
@@ -238,12 +238,12 @@ class Engine:
         log.error("%s", problem)
         self.reporter.call_on_error(problem, [])
 
-    def _refused(self, problem: ConfigError | OutboxError, message: dict[str, Any] | None) -> None:
+    def _refused(self, problem: ConfigError | OutboxError, body: bytes = b"") -> None:
         times = self._trouble_log.tick()
         if times:
             log.error("the outbox can't be written (%d times): %s", times, problem)
         if self._trouble_call.tick():
-            self.reporter.call_on_error(problem, [] if message is None else [message])
+            self.reporter.failed(problem, [body])
 
 
 class _Callbacks(Reporter):
@@ -255,13 +255,13 @@ class _Callbacks(Reporter):
     def failed(self, error: Exception, bodies: Sequence[bytes]) -> None:
         engine = self._engine()
         if engine is not None and engine.callbacks("on_error"):
-            self.call_on_error(error, _items(b",".join(bodies)))
+            self.call_on_error(error, items_of(b",".join(bodies)))
 
     def delivered(self, events: bytes) -> None:
         engine = self._engine()
         callbacks = engine.callbacks("on_success") if engine is not None else []
         for callback in callbacks:
-            call(callback, "on_success", _items(events))
+            call(callback, "on_success", items_of(events))
 
     def call_on_error(self, error: Exception, items: list[dict[str, Any]]) -> None:
         engine = self._engine()
@@ -269,7 +269,8 @@ class _Callbacks(Reporter):
             call(callback, "on_error", error, items)
 
 
-def _items(events: bytes) -> list[dict[str, Any]]:
+def items_of(events: bytes) -> list[dict[str, Any]]:
+    """What the callbacks get of messages that are joined by commas."""
     try:
         items: list[dict[str, Any]] = json.loads(b"[%b]" % events)
     except (ValueError, RecursionError):  # a damaged page may have changed what was stored: SQLite does not see that

@@ -28,6 +28,7 @@ No message quotes a write key, a token or an event's content.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 __all__ = [
     "ConfigError",
@@ -48,7 +49,20 @@ __all__ = [
 
 
 class SegmentDurableError(Exception):
-    """Base of every error of this package."""
+    """Base of every error of this package.
+
+    Each can be pickled, as a pool of processes does with what its workers raise.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _again, (type(self), self.args, self.__dict__)
+
+
+def _again(kind: type[SegmentDurableError], args: tuple[Any, ...], facts: dict[str, Any]) -> SegmentDurableError:
+    """Such an error, without its `__init__`, which takes the parts that its text was made of."""
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(facts)
+    return error
 
 
 class ConfigError(SegmentDurableError, ValueError, AssertionError):

@@ -82,9 +82,8 @@ class _Source:
         # What the counters are tells nothing of whose WAL it is, but there has to be one row of them.
         if not self._has_our_number() or self._counters() is None or self.outbox_id() is None:
             return False
-        return all(not row.stray for table in _SHAPES for row in self.trees.rows(self._roots[table])) and (
-            self.trees.broken == 0
-        )
+        rows = (row for table in _SHAPES for row in self.trees.rows(self._roots[table]))
+        return not any(row.stray or self.trees.broken for row in rows) and not self.trees.broken
 
     def facts(self) -> dict[str, str]:
         """What `meta` says, as far as it can be read."""
@@ -151,8 +150,9 @@ def _choose(main: int | None, wal: int | None) -> _Source:
         return both
     alone = _Source(Pages(main, None, PAGE_SIZE))
     if None in (alone.outbox_id(), both.outbox_id()) or alone.outbox_id() == both.outbox_id():
-        return alone if alone.is_whole() and not both.is_whole() else both
-    return both if both.is_whole() and not alone.is_whole() else alone
+        # Asked first of the one that mostly is not whole: at the first damage that is known.
+        return alone if not both.is_whole() and alone.is_whole() else both
+    return both if not alone.is_whole() and both.is_whole() else alone
 
 
 def _copy(source: _Source, connection: sqlite3.Connection, size: int) -> Salvaged:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import requests
 from requests.adapters import HTTPAdapter
 from requests.utils import get_environ_proxies
-from urllib3.exceptions import ProtocolError
+from urllib3.exceptions import MaxRetryError, ProtocolError
 from urllib3.util import Retry
 
 from segment_durable.interrupts import from_signal
@@ -56,9 +56,10 @@ class Transport(Protocol):
 class RequestsTransport:
     """Posts by one keep-alive `requests.Session`.
 
-    `proxies`: as requests takes them; `None` means those of the environment (`HTTPS_PROXY`, `NO_PROXY` and so on),
-    which is read once for each URL: requests itself would read it and `~/.netrc` at every post, at half the price of
-    the post, and would let a netrc entry replace our Authorization header.
+    `proxies`: as requests takes them, before those of the environment (`HTTPS_PROXY`, `NO_PROXY` and so on); `None`
+    means only those, an empty mapping none at all.  The environment is read once for each URL: requests itself would
+    read it and `~/.netrc` at every post, at half the price of the post, and would let a netrc entry replace our
+    Authorization header.
     """
 
     def __init__(self, proxies: Mapping[str, str] | None = None) -> None:
@@ -75,7 +76,7 @@ class RequestsTransport:
             connections = route.pool.num_connections
             try:
                 response = route.open(head, body, timeout)
-            except ProtocolError as problem:
+            except (ProtocolError, MaxRetryError) as problem:  # the latter by a proxy
                 # A host may close an idle connection just when the next request is on its way: that is no failure.
                 timeout = end - time.monotonic()
                 if route.pool.num_connections != connections or timeout <= 0 or from_signal(problem):
@@ -125,13 +126,15 @@ class RequestsTransport:
     def _find_route(self, url: str) -> _Route:
         """The session's way to that URL: what requests would find out anew at every post, at half of its price."""
         session = self._session or self._open()
-        proxies = get_environ_proxies(url) if self._proxies is None else dict(self._proxies)
+        environment = {} if self._proxies == {} else get_environ_proxies(url)
+        proxies = {**environment, **(self._proxies or {})}
         request = requests.PreparedRequest()
         request.prepare(method="POST", url=url, headers={"Accept": "application/json"})
         adapter = session.get_adapter(url)
         assert isinstance(adapter, HTTPAdapter)
         pool: Any = adapter.get_connection_with_tls_context(request, session.verify, proxies=proxies)
-        adapter.cert_verify(pool, url, session.verify, None)  # type: ignore[no-untyped-call]
+        # By the pool's scheme, which for an http URL may be that of an https proxy.
+        adapter.cert_verify(pool, f"{pool.scheme}://", session.verify, None)  # type: ignore[no-untyped-call]
         pool.ConnectionCls = type("Connection", (pool.ConnectionCls,), {"response_class": _Answer})
         if not isinstance(pool.pool, _Idle):  # else another URL of the same host has been here
             pool.pool = _Idle(pool.pool.maxsize)

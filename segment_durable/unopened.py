@@ -7,6 +7,7 @@ from typing import Any
 
 from segment_durable.client import Client
 from segment_durable.clock import SystemClock
+from segment_durable.engine import items_of
 from segment_durable.errors import OutboxError
 from segment_durable.limiter import Limiter
 from segment_durable.logs import call, get_log
@@ -25,7 +26,8 @@ class Unopened:
     _log, _flush_log = Limiter(60.0, SystemClock()), Limiter(60.0, SystemClock())
 
     def __init__(self, settings: dict[str, Any], problem: OutboxError) -> None:
-        self._client = Client(**{**settings, "send": False})  # checks what is passed, and encodes it
+        self.settings = settings
+        self._client = _Refusing(self._refuse, settings)
         self._on_error = settings["on_error"]
         self._problem = problem
         self._clock = SystemClock()
@@ -39,8 +41,8 @@ class Unopened:
 
     def __getattr__(self, name: str) -> Callable[..., tuple[bool, dict[str, Any]]]:
         """`track` and the other calls that take an event."""
-        take = getattr(self._client, name)
-        return lambda *arguments, **named: self._refuse(take(*arguments, **named)[1])
+        taking: Callable[..., tuple[bool, dict[str, Any]]] = getattr(self._client, name)
+        return taking
 
     def flush(self, timeout: float | None = None) -> bool:
         times = self._flush_log.tick()
@@ -51,10 +53,21 @@ class Unopened:
     def stats(self) -> OutboxStats:
         raise self._problem
 
-    def _refuse(self, message: dict[str, Any]) -> tuple[bool, dict[str, Any]]:
+    def _refuse(self, body: bytes) -> None:
         times = self._log.tick()
         if times:
             log.error("no event is accepted (%d calls so far): %s", times, self._problem)
         if self._on_error is not None and self._told.tick():
-            call(self._on_error, "on_error", self._problem, [message])
+            call(self._on_error, "on_error", self._problem, items_of(body))
+
+
+class _Refusing(Client):
+    """Checks what is passed, and encodes it, and that is all."""
+
+    def __init__(self, refuse: Callable[[bytes], None], settings: dict[str, Any]) -> None:
+        super().__init__(**{**settings, "send": False})
+        self._refuse = refuse
+
+    def _unsent(self, message: dict[str, Any], body: bytes) -> tuple[bool, dict[str, Any]]:
+        self._refuse(body)
         return False, message

@@ -54,25 +54,29 @@ class Uploader:
     def upload(self, events: bytes, attempt: int, *, within: float | None = None) -> Outcome:
         """Post the joined `events`; never raises for what the network does.
 
-        `attempt` is how many attempts there were before.  `within`: seconds for connecting, for sending and for
-        the answer, if less than the `timeout` setting.
+        `attempt` is how many attempts there were before.  `within`: seconds for all of it; without that each request,
+        of which there may be some for a token, has the `timeout` of the settings.
         """
-        timeout = self._timeout if within is None else max(0.001, min(self._timeout, within))
+        end = None if within is None else self._clock.boot() + within
         if self._tokens is None:
-            return self._post(events, attempt, self._basic, timeout)
+            return self._post(events, attempt, self._basic, self._until(end))
         try:
-            token = self._tokens.token(self._transport, timeout)
-            outcome = self._post(events, attempt, f"Bearer {token}", timeout)
+            token = self._tokens.token(self._transport, self._until(end))
+            outcome = self._post(events, attempt, f"Bearer {token}", self._until(end))
             if outcome.kind is Kind.UNAUTHORISED:
                 self._tokens.invalidate(token)
-                token = self._tokens.token(self._transport, timeout)
-                outcome = self._post(events, attempt + 1, f"Bearer {token}", timeout)
+                token = self._tokens.token(self._transport, self._until(end))
+                outcome = self._post(events, attempt + 1, f"Bearer {token}", self._until(end))
             return outcome
         except TokenRefused as refused:
             return refused.outcome
 
     def close(self) -> None:
         self._transport.close()
+
+    def _until(self, end: float | None) -> float:
+        """Seconds that the next request may take."""
+        return self._timeout if end is None else max(0.001, min(self._timeout, end - self._clock.boot()))
 
     def _post(self, events: bytes, attempt: int, authorization: str, timeout: float) -> Outcome:
         # Segment takes an event's time to be receivedAt - (sentAt - timestamp): sentAt is that of this very attempt.

@@ -104,7 +104,8 @@ def test_a_status_that_does_not_exist_delivers_nothing(status: int) -> None:
         ("1_0", 0.0),
         ("١٢", 0.0),
         ("²", 0.0),
-        ("10, 20", 0.0),
+        ("10, 20", 20.0),  # said twice, by a gateway as well
+        ("17, soon", 17.0),
         (format_datetime(LATER, usegmt=True), 42.0),
         (LATER.strftime("%a, %d %b %Y %H:%M:%S -0000"), 42.0),
         (LATER.strftime("%a, %d %b %Y %H:%M:%S +0000"), 42.0),

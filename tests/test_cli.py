@@ -1072,6 +1072,8 @@ def test_erase_asks_for_a_yes(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         assert main(["erase", str(tmp_path), "--state", state, "--all"]) == 1
         said = capsys.readouterr()
         assert (said.out, there in said.err, "--yes" in said.err) == ("", True, True)
+    assert main(["erase", str(tmp_path), "--state", "pending", "--id", "4", "--id", "4"]) == 1
+    assert "3 events pending, of which 1 by --id;" in capsys.readouterr().err
     assert after(tmp_path) == (3, 2, 0, True)
     assert main(["erase", str(tmp_path), "--state", "dead", "--all", "--yes"]) == 0
     assert main(["erase", str(tmp_path), "--state", "pending", "--id", "4", "--yes"]) == 0

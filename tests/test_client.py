@@ -340,6 +340,13 @@ def test_a_flush_that_waits_for_nothing_makes_nobody_send(
     assert hurried == []
 
 
+def test_a_flush_that_waits_for_nothing_starts_nobody(make_client: MakeClient) -> None:
+    client, other = make_client(upload_interval=3600), make_client(deliver=False)
+    other.track("u", "e")
+    assert client.flush(0) is False
+    assert [thread for thread in sender_threads() if "sender" in thread.name] == []
+
+
 def test_a_client_is_a_context_manager_that_flushes(make_client: MakeClient, receiver: Receiver) -> None:
     with make_client() as client:
         client.track("u", "e")

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+from decimal import Decimal
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -106,7 +107,7 @@ def test_calls_return_false_while_the_outbox_cannot_be_opened_and_go_on_when_it_
     errors: list[tuple[Exception, list[Any]]] = []
     analytics.outbox_dir = tmp_path / "file" / "outbox"
     analytics.on_error = lambda error, items: errors.append((error, items))
-    accepted, message = analytics.track("u", "e")
+    accepted, message = analytics.track("u", "e", {"price": Decimal("1.5"), "items": (each for each in "ab")})
     assert (accepted, message["event"]) == (False, "e")
     assert analytics.identify("u")[0] is False
     with pytest.raises(InvalidMessage):
@@ -117,7 +118,7 @@ def test_calls_return_false_while_the_outbox_cannot_be_opened_and_go_on_when_it_
     assert analytics.shutdown() is False
     ((error, items),) = errors
     assert isinstance(error, OutboxUnavailable)
-    assert items == [message]
+    assert items == [{**message, "properties": {"price": 1.5, "items": ["a", "b"]}}]
     (told,) = [record for record in caplog.records if "no event is accepted" in record.getMessage()]
     assert "outbox_dir" in told.getMessage()
     (tmp_path / "file").unlink()
@@ -125,6 +126,14 @@ def test_calls_return_false_while_the_outbox_cannot_be_opened_and_go_on_when_it_
     assert analytics.track("u", "e")[0] is True
     assert analytics.flush(20) is True
     assert [event["event"] for event in receiver.unique] == ["e"]
+
+
+def test_settings_that_were_mended_are_read_by_the_next_call(analytics: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    analytics.outbox_dir = tmp_path / "file" / "outbox"
+    assert analytics.track("u", "e")[0] is False
+    analytics.outbox_dir = tmp_path / "outbox"
+    assert analytics.track("u", "e")[0] is True
 
 
 WITHOUT_DESCRIPTORS = """
@@ -221,7 +230,7 @@ def test_the_default_client_is_made_once_also_if_eight_threads_ask_at_once(
             second_may_come.wait(0.2)  # time for the seven others to come in here, if they could
             super().__init__(*args, **settings)
 
-    monkeypatch.setattr(client_module, "Client", Slow)
+    monkeypatch.setattr(analytics, "Client", Slow)
     results: list[tuple[bool, Any]] = []
 
     def track(i: int) -> None:
@@ -264,7 +273,7 @@ def test_every_setting_of_the_module_reaches_the_client(analytics: ModuleType, m
         def track(self, *_: Any) -> tuple[bool, dict[str, Any]]:
             return True, {}
 
-    monkeypatch.setattr(client_module, "Client", Recorder)
+    monkeypatch.setattr(analytics, "Client", Recorder)
     values = {name: object() for name in DEFAULTS}
     for name, value in values.items():
         monkeypatch.setattr(analytics, name, value)

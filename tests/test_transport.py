@@ -378,6 +378,30 @@ def test_proxies_of_the_settings_replace_those_of_the_environment(
     assert proxy.requests == []
 
 
+def test_proxies_of_the_environment_are_used_for_what_the_settings_do_not_name(
+    proxy: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As requests does it."""
+    monkeypatch.setenv("http_proxy", proxy.url)
+    transport = RequestsTransport({"https": "http://127.0.0.1:9"})
+    assert post(transport, "http://receiver.invalid").status == 299
+    transport.close()
+    assert len(proxy.requests) == 1
+
+
+def test_a_connection_that_a_proxy_closes_in_the_middle_of_a_request_costs_no_attempt() -> None:
+    def answer(_: bytes, connection: socket.socket) -> None:
+        connection.sendall(OK)
+        connection.recv(1)  # the next request is on its way
+
+    with Server(answer) as proxy:
+        transport = RequestsTransport({"http": proxy.url})
+        for _ in range(2):
+            assert post(transport, "http://receiver.invalid").status == 200
+        transport.close()
+        assert proxy.connections == 2
+
+
 def test_https_goes_through_a_tunnel_and_a_refused_tunnel_is_the_proxys_fault() -> None:
     with Server(sends(b"HTTP/1.1 407 Login\r\nContent-Length: 0\r\n\r\n")) as proxy:
         transport = RequestsTransport({"https": f"http://user:{PASSWORD}@127.0.0.1:{proxy.port}"})
@@ -732,6 +756,19 @@ def test_a_bundle_of_the_environment_is_trusted(
     assert post(transport, tls_server.url).body == b'{"success":true}'
     wrong_name = failure(transport, tls_server.url.replace("127.0.0.1", "localhost"))
     assert wrong_name.kind == "certificate"
+    transport.close()
+
+
+def test_the_certificate_of_a_proxy_is_looked_at_also_for_a_host_without_one(
+    tls_server: Server, certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is sent a password."""
+    transport = RequestsTransport({"http": tls_server.url.replace("//", f"//user:{PASSWORD}@")})
+    assert failure(transport, "http://receiver.invalid").kind in ("certificate", "proxy")
+    assert tls_server.requests == []
+    transport.close()
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
+    assert post(transport, "http://receiver.invalid").status == 200
     transport.close()
 
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date, datetime, time, timedelta, timezone, tzinfo
 from decimal import Decimal
 from fractions import Fraction
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import MagicMock, Mock
@@ -238,6 +239,43 @@ class Array:
 Array.__module__ = "numpy"
 
 
+@dataclasses.dataclass
+class Dtype:
+    name: str
+
+    @property
+    def kind(self) -> str:
+        return "m" if "time" not in self.name or "delta" in self.name else "M"
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class Time(Array):
+    """As numpy's times: of less than microseconds it makes integers; a span is a number, which can't be one."""
+
+    def __init__(self, unit: str, value: Any) -> None:
+        super().__init__(12345 if unit in ("ns", "ps", "fs", "as") else value)
+        self.exact = value
+        kind = "timedelta64" if isinstance(value, timedelta) else "datetime64"
+        self.dtype = Dtype(f"{kind}[{unit}]")
+
+    def astype(self, dtype: str) -> Time:
+        assert dtype == f"{self.dtype.kind}8[us]"
+        return Time("us", self.exact)
+
+    def __int__(self) -> int:
+        raise TypeError
+
+
+class Span(Time):
+    pass
+
+
+Integral.register(Span)
+Time.__module__ = Span.__module__ = "numpy"
+
+
 def generator() -> Iterator[int]:
     yield from (1, 2, 3)
 
@@ -382,6 +420,10 @@ ODD: dict[str, tuple[Callable[[], Any], Any]] = {
     "dataclass type": (lambda: Item, "Item"),
     "numpy-like array": (lambda: Array([[1, 2], [3.5, math.nan]]), [[1, 2], [3.5, None]]),
     "numpy-like scalar": (lambda: Array(7), 7),
+    "numpy-like time": (lambda: Time("s", datetime(2020, 1, 2, 3)), "2020-01-02T03:00:00"),
+    "numpy-like fine time": (lambda: Time("ns", datetime(2020, 1, 2, 3)), "2020-01-02T03:00:00"),
+    "numpy-like span": (lambda: Span("s", timedelta(seconds=90)), 90.0),
+    "numpy-like fine span": (lambda: Span("ns", timedelta(seconds=90)), 90.0),
     "object": (Plain, "Plain"),
     "class": (lambda: Plain, "Plain"),
     "function": (lambda: generator, "generator"),

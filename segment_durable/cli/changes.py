@@ -46,8 +46,9 @@ def erase(args: argparse.Namespace, clock: Clock) -> int:
         if not args.yes:
             stats = outbox.stats()
             there = stats.dead if args.state == "dead" else stats.pending
+            which = "" if args.ids is None else f", of which {len(set(args.ids))} by --id"
             print(
-                f"nothing was removed: {_events(there)} {args.state}; to remove them for good add --yes",
+                f"nothing was removed: {_events(there)} {args.state}{which}; to remove them for good add --yes",
                 file=sys.stderr,
             )
             return 1

@@ -511,6 +511,21 @@ def test_token_requests_bear_the_timeout(world: World) -> None:
     assert [post.timeout for post in transport.posts] == [7, 7, 0.5, 0.5]
 
 
+@pytest.mark.parametrize("within", [None, 4.0])
+def test_what_a_flush_has_time_for_is_shared_by_all_requests(world: World, within: float | None) -> None:
+    """And what was to be the last of it leaves nothing to those that follow."""
+
+    def slowly(post: Post) -> Response:
+        world.clock.advance(1.5)
+        return Response(200, {}, b'{"access_token":"x"}') if post.url.endswith("/token") else Response(401, {}, b"")
+
+    transport = ScriptedTransport(slowly)
+    uploader = Uploader(world.config(timeout=7), transport, world.tokens, world.clock)
+    uploader.upload(b"{}", 0, within=within)
+    expected = [7, 7, 7, 7] if within is None else [4.0, 2.5, 1.0, 0.001]
+    assert [post.timeout for post in transport.posts] == pytest.approx(expected)
+
+
 # -- the key
 
 

@@ -247,7 +247,7 @@ def test_an_event_that_comes_while_the_outbox_is_found_empty_waits_for_its_batch
 
     monkeypatch.setattr(Outbox, "load", slowly)
     client = make_client(upload_interval=3600)
-    assert client.flush(0)  # starts the thread
+    assert client.flush(1)  # starts the thread
     assert looked.wait(10)
     client.track("u", "e")
     tracked.set()
