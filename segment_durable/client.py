@@ -197,10 +197,10 @@ class Client(_Settings):
     def flush(self, timeout: float | None = None) -> bool:
         """Deliver what is pending now; True if all of it has left the outbox.
 
-        `timeout`: seconds to wait for that, 0: only says whether it has, and starts nothing.  `None` waits until it is done or the retry
-        budget of a batch is used up (`max_retries`, `max_total_backoff_duration`, `max_rate_limit_duration`).  With
-        `deliver=False` the events are another process's to deliver: `None` does not wait for that, a number does.  With
-        `send=False` it is True.
+        `timeout`: seconds to wait for that, 0: only says whether it has, and starts nothing.  `None` waits until it is
+        done or the retry budget of a batch is used up (`max_retries`, `max_total_backoff_duration`,
+        `max_rate_limit_duration`).  With `deliver=False` the events are another process's to deliver: `None` does not
+        wait for that, a number does.  With `send=False` it is True.
 
         Where nothing was tracked yet it starts the sender, which delivers what other processes append.
         """

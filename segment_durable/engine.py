@@ -21,7 +21,7 @@ from segment_durable.limiter import Limiter
 from segment_durable.logs import call, get_log
 from segment_durable.outbox import Outbox, other_source
 from segment_durable.sender import Sender
-from segment_durable.transport import RequestsTransport, Transport
+from segment_durable.transport import RequestsTransport
 from segment_durable.upkeep import Upkeep
 from segment_durable.upload import Uploader
 
@@ -54,22 +54,13 @@ class Member:
 class Engine:
     """One outbox in this process.  Made by `process.attach`."""
 
-    def __init__(
-        self,
-        config: Config,
-        clock: Clock,
-        *,
-        key: str,
-        make_transport: Callable[[], Transport] | None,
-        on_gone: Callable[[Engine], None],
-    ) -> None:
+    def __init__(self, config: Config, clock: Clock, *, key: str, on_gone: Callable[[Engine], None]) -> None:
         self.key = key  # which outbox it is, among those of this process
         self.pid = os.getpid()
         self.closed = False
         self.successor: Engine | None = None  # that has its clients now
         self.config = config
         self.clock = clock
-        self.make_transport = make_transport
         self._tokens: Tokens | None = _tokens(config, clock)
         self.members: weakref.WeakSet[Member] = weakref.WeakSet()
         self._is_first_gone = False  # the client whose `config` this is was shut down
@@ -207,8 +198,7 @@ class Engine:
         return found
 
     def _make_delivery(self) -> Delivery:
-        transport = RequestsTransport(self.config.proxies) if self.make_transport is None else self.make_transport()
-        uploader = Uploader(self.config, transport, self._tokens, self.clock)
+        uploader = Uploader(self.config, RequestsTransport(self.config.proxies), self._tokens, self.clock)
         # Not the module's generator: forked children share its state, and would all retry at the same moments.
         return Delivery(self.outbox, uploader, self.config, self.clock, random.SystemRandom().random, self.reporter)
 

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import platformdirs  # noqa: F401  loaded with this, and not when it is first needed: see forks.py
 
 from segment_durable import forks
-from segment_durable.clock import Clock, SystemClock
+from segment_durable.clock import SystemClock
 from segment_durable.connections import abandon_connections, living_connections
 from segment_durable.engine import Engine, Member
 from segment_durable.errors import ConfigError, OutboxBusy, OutboxError, OutboxUnavailable
@@ -22,7 +21,6 @@ from segment_durable.locks import abandon_inherited
 from segment_durable.logs import get_log
 from segment_durable.shared_locks import Files, abandon, hold_inherited
 from segment_durable.threads import PatientLock
-from segment_durable.transport import Transport
 
 __all__ = ["attach", "detach"]
 
@@ -41,9 +39,7 @@ _unusable: str | None = None  # why SQLite can't be used in this process, if so
 _noticing: dict[int, PatientLock] = {}  # by process id: a child's own can't have been locked by a thread of the parent
 
 
-def attach(
-    member: Member, clock: Clock | None = None, *, make_transport: Callable[[], Transport] | None = None
-) -> Engine:
+def attach(member: Member) -> Engine:
     """The engine for the member's outbox in this process, made if there is none.
 
     Raises `ConfigError`, `OutboxUnavailable`, `NotAnOutbox`, `SourceMismatch` or `OutboxBusy`.
@@ -62,9 +58,7 @@ def attach(
         if engine is not None and engine.is_forsaken_for(member):
             engine, forsaken = None, engine
         if engine is None:
-            engine = Engine(
-                member.config, clock or SystemClock(), key=key, make_transport=make_transport, on_gone=_replace
-            )
+            engine = Engine(member.config, SystemClock(), key=key, on_gone=_replace)
             _engines[key] = engine
         engine.join(member)
     if forsaken is not None:
@@ -106,9 +100,7 @@ def _replace(engine: Engine) -> None:
             successor = _engines.get(key)
             is_new = successor is None or successor is engine
             if successor is None or successor is engine:
-                successor = Engine(
-                    engine.config, engine.clock, key=key, make_transport=engine.make_transport, on_gone=_replace
-                )
+                successor = Engine(engine.config, engine.clock, key=key, on_gone=_replace)
             _take_along(engine, successor, with_clients=not is_over)
             if _engines.get(engine.key) is engine:
                 del _engines[engine.key]

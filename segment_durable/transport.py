@@ -54,7 +54,7 @@ class Transport(Protocol):
 
 
 class RequestsTransport:
-    """Posts by one keep-alive `requests.Session`.
+    """Posts by one of requests' adapters, whose connections are kept alive.
 
     `proxies`: as requests takes them, before those of the environment (`HTTPS_PROXY`, `NO_PROXY` and so on); `None`
     means only those, an empty mapping none at all.  The environment is read once for each URL: requests itself would
@@ -64,7 +64,7 @@ class RequestsTransport:
 
     def __init__(self, proxies: Mapping[str, str] | None = None) -> None:
         self._proxies = proxies
-        self._session: requests.Session | None = None
+        self._adapter: HTTPAdapter | None = None
         self._routes: dict[str, _Route] = {}
 
     def post(self, url: str, headers: Mapping[str, str], body: bytes, timeout: float) -> Response:
@@ -103,38 +103,24 @@ class RequestsTransport:
         return Response(response.status, response.headers, answer)
 
     def close(self) -> None:
-        session, self._session = self._session, None
+        adapter, self._adapter = self._adapter, None
         self._routes.clear()
-        if session is None:
-            return
-        for adapter in session.adapters.values():
-            if isinstance(adapter, HTTPAdapter):
-                for manager in (adapter.poolmanager, *adapter.proxy_manager.values()):
-                    _close_pools(manager)
-        session.close()
-
-    def _open(self) -> requests.Session:
-        session = requests.Session()
-        session.trust_env = False
-        session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or True
-        adapter = HTTPAdapter(pool_connections=2, pool_maxsize=1, max_retries=0)
-        session.mount("https://", adapter)
-        session.mount("http://", adapter)
-        self._session = session
-        return session
+        if adapter is not None:
+            for manager in (adapter.poolmanager, *adapter.proxy_manager.values()):
+                _close_pools(manager)
+            adapter.close()
 
     def _find_route(self, url: str) -> _Route:
-        """The session's way to that URL: what requests would find out anew at every post, at half of its price."""
-        session = self._session or self._open()
+        """The way to that URL: what requests would find out anew at every post, at half of its price."""
+        adapter = self._adapter = self._adapter or HTTPAdapter(pool_connections=2, pool_maxsize=1, max_retries=0)
+        verify = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or True
         environment = {} if self._proxies == {} else get_environ_proxies(url)
         proxies = {**environment, **(self._proxies or {})}
         request = requests.PreparedRequest()
         request.prepare(method="POST", url=url, headers={"Accept": "application/json"})
-        adapter = session.get_adapter(url)
-        assert isinstance(adapter, HTTPAdapter)
-        pool: Any = adapter.get_connection_with_tls_context(request, session.verify, proxies=proxies)
+        pool: Any = adapter.get_connection_with_tls_context(request, verify, proxies=proxies)
         # By the pool's scheme, which for an http URL may be that of an https proxy.
-        adapter.cert_verify(pool, f"{pool.scheme}://", session.verify, None)  # type: ignore[no-untyped-call]
+        adapter.cert_verify(pool, f"{pool.scheme}://", verify, None)  # type: ignore[no-untyped-call]
         pool.ConnectionCls = type("Connection", (pool.ConnectionCls,), {"response_class": _Answer})
         if not isinstance(pool.pool, _Idle):  # else another URL of the same host has been here
             pool.pool = _Idle(pool.pool.maxsize)
@@ -256,12 +242,9 @@ def _close_pools(manager: Any) -> None:
 
 def _read(response: Any) -> bytes:
     """The body, as it came in: what is there is taken at once, for a read of n bytes would wait for all n of them."""
-    read = getattr(response, "read1", None)
-    size = 8192 if read else 1  # urllib3 before 2.1 has no read1
-    read = read or response.read
     answer = b""
     while len(answer) < MAX_ANSWER_BYTES:
-        chunk = read(size, decode_content=False)
+        chunk = response.read1(8192, decode_content=False)
         if not chunk:
             break
         answer += chunk
