@@ -143,6 +143,29 @@ def test_which_event_wakes_a_sender_that_waits(
     assert waits == [wakes]
 
 
+def test_how_full_the_next_batch_is_is_known_from_the_ids_and_it_waits_to_be_full(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.configure(upload_size=4, upload_interval=10)
+    bench.put(4)
+    delivery = bench.sender().delivery
+    looks, waits = [], []
+
+    def note(step: Step, began: float) -> None:
+        bench.put(1)
+        monkeypatch.setattr(bench.outbox, "load", lambda: looks.append("at the outbox"))
+
+    def wait(event: Waitable, seconds: float) -> bool:
+        waits.append(worker.wake_at)
+        worker.end()
+        return True
+
+    worker = Worker(note, bench.outbox, bench.config, bench.clock, lambda: delivery)
+    monkeypatch.setattr(bench.clock, "wait", wait)
+    worker._run()
+    assert (waits, looks) == ([3], [])
+
+
 def test_to_stop_a_worker_that_has_ended_calls_back_at_once(bench: Bench) -> None:
     worker = Worker(lambda step, began: None, bench.outbox, bench.config, bench.clock, lambda: bench.sender().delivery)
     worker.end()

@@ -60,6 +60,35 @@ def test_of_more_than_a_batch_a_lease_takes_whole_batches(outbox: Outbox, there:
     assert (lease.first, lease.last) == (1, taken)
 
 
+def ack_in_two_parts(outbox: Outbox, lease: Lease) -> object:
+    return outbox.ack(lease, lease.first), outbox.ack(lease, lease.last)
+
+
+ENDS: dict[str, Callable[[Outbox, Lease], object]] = {
+    "ack": lambda outbox, lease: outbox.ack(lease, lease.last),
+    "ack in two parts": ack_in_two_parts,
+    "bury": lambda outbox, lease: [bury(outbox, lease, each) for each in range(lease.first, lease.last + 1)],
+    "release": lambda outbox, lease: outbox.release(lease),
+    "fail": lambda outbox, lease: outbox.fail(lease, becomes(Backoff())),
+    "forget": lambda outbox, lease: outbox.forget(lease.token),
+    "extend": lambda outbox, lease: outbox.extend(lease, 60),
+}
+
+
+@pytest.mark.parametrize("is_lost", [False, True], ids=["held", "lost"])
+@pytest.mark.parametrize("end", ENDS)
+def test_of_a_lease_that_has_ended_nothing_is_kept_in_memory(outbox: Outbox, end: str, is_lost: bool) -> None:
+    """A sender has thousands in an hour; and as many of other processes' would not be seen."""
+    fill(outbox, 3)
+    lease = take(outbox)
+    assert outbox.db.lock.held == {lease.token}
+    if is_lost:
+        with outbox.db.write() as connection:
+            connection.execute("DELETE FROM lease")
+    ENDS[end](outbox, lease)
+    assert outbox.db.lock.held == ({lease.token} if end == "extend" and not is_lost else set())
+
+
 def test_a_lease_that_was_not_committed_is_none(outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of this process's leases so many would be thought to be there, and others' would go unseen for so many."""
     write = outbox.db.write
