@@ -55,7 +55,7 @@ def read_backoff(connection: sqlite3.Connection, clock: Clock) -> Backoff:
     row = sound(connection.execute(_BACKOFF).fetchone(), _BACKOFF_KINDS)
     boot_id, not_before, not_before_wall, told, failures = row[:5]
     first_failure, first_throttle, reported, last_error, last_error_at = row[5:]
-    check_numbers(failures, last_error_at)
+    check_numbers(failures, abs(last_error_at))  # before 1970, says a clock that was never set
     now = clock.boot()
     longest = _LONGEST_WAIT if boot_id else REBOOT_CAP
     restarted = not_before > 0 and (boot_id != clock.boot_id() or not_before - now > longest)

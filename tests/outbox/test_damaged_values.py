@@ -262,7 +262,7 @@ def test_a_last_id_that_no_outbox_can_have_come_to_is_damage_and_is_not_gone_on_
     assert len(kept_sets(tmp_path / "damaged")) == 1
 
 
-@pytest.mark.parametrize("value", [-1, 1 << 53, (1 << 63) - 1])
+@pytest.mark.parametrize("value", [-(1 << 53), 1 << 53, (1 << 63) - 1])
 @pytest.mark.parametrize("column", ["lease.last_id", "lease.attempt", "backoff.failures", "backoff.last_error_at"])
 def test_a_number_that_nothing_was_ever_counted_up_to_is_damage(
     outbox_factory: MakeOutbox, tmp_path: Path, column: str, value: int
