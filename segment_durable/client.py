@@ -381,7 +381,7 @@ class Client(_Settings):
         message = plain(message)  # which uses up generators, so the copy for the hook is one of this
         try:
             made: Any = self._config.before_send(plain(message))
-        except Exception as problem:
+        except (Exception, SystemExit) as problem:
             if from_signal(problem):
                 raise
             log.exception("before_send raised; the message is taken as it was")

@@ -62,7 +62,7 @@ class Engine:
         self.config = config
         self.clock = clock
         self._tokens: Tokens | None = _tokens(config, clock)
-        self.members: weakref.WeakSet[Member] = weakref.WeakSet()
+        self._members: set[weakref.ref[Member]] = set()
         self._is_first_gone = False  # the client whose `config` this is was shut down
         self.outbox = Outbox(config.outbox_path, clock, full=config.synchronous == "FULL", write_key=config.write_key)
         self.upkeep = Upkeep(self.outbox.db, clock)
@@ -79,8 +79,17 @@ class Engine:
         """The one that has its clients now: this one, unless it has a successor."""
         return self if self.successor is None else self.successor.latest
 
-    def join(self, member: Member) -> None:
-        """Let a client in; raises `ConfigError` or `SourceMismatch` if it can't share this outbox."""
+    @property
+    def members(self) -> list[Member]:
+        """The clients that are there still."""
+        # Copied in one step of the interpreter's, for others come and go meanwhile.
+        return [member for each in list(self._members) if (member := each()) is not None]
+
+    def join(self, member: Member) -> list[str]:
+        """Let a client in; the names of its settings that do not hold, for those of the first client do.
+
+        Raises `ConfigError` or `SourceMismatch` if it can't share this outbox.
+        """
         if member.config.write_key != self.config.write_key:
             raise other_source(self.outbox.db.folder)
         name = self._contested(member)
@@ -90,10 +99,8 @@ class Engine:
                 "differs from that of another client on the same outbox in this process: "
                 "give this client an outbox_dir of its own",
             )
-        differing = [n for n in _FIRST_DECIDES if getattr(member.config, n) != getattr(self.config, n)]
-        if differing:
-            log.warning("%s: the values of the first client on this outbox hold, not these", ", ".join(differing))
-        self.members.add(member)
+        self._members.add(weakref.ref(member, self._members.discard))
+        return [n for n in _FIRST_DECIDES if getattr(member.config, n) != getattr(self.config, n)]
 
     def is_forsaken_for(self, member: Member) -> bool:
         """Whether a client's settings can't be met, and all whose these are were collected without a shutdown."""
@@ -104,9 +111,9 @@ class Engine:
 
     def leave(self, member: Member) -> bool:
         """A client was shut down; whether it was the last."""
-        if all(each is member for each in list(self.members)):
+        if all(each is member for each in self.members):
             return True  # and it stays, for there may be something to be told at the end
-        self.members.discard(member)
+        self._members.discard(weakref.ref(member))
         self._is_first_gone = self._is_first_gone or member.config is self.config
         return False
 
@@ -160,7 +167,7 @@ class Engine:
     def delivers(self) -> bool:
         """Whether any client has it deliver."""
         return self.sender.is_running or any(
-            config.deliver and config.send for config in (self.config, *(each.config for each in list(self.members)))
+            config.deliver and config.send for config in (self.config, *(each.config for each in self.members))
         )
 
     def hand_over(self, successor: Engine) -> None:
@@ -191,7 +198,7 @@ class Engine:
         """The callbacks that the clients gave for `name`, each once; those of one that was collected as well."""
         found: list[Callable[..., object]] = []
         first = [] if self._is_first_gone else [self.config]
-        for config in (*first, *(member.config for member in list(self.members))):
+        for config in (*first, *(member.config for member in self.members)):
             callback = getattr(config, name)
             if callback is not None and not any(callback == each for each in found):
                 found.append(callback)

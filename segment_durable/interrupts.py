@@ -40,6 +40,8 @@ def _find(problem: BaseException | None, codes: set[CodeType | None], depth: int
 def _code(handler: object) -> CodeType | None:
     while isinstance(handler, partial):
         handler = handler.func
+    if not callable(handler):  # SIG_DFL and SIG_IGN, as members of an Enum, whose own `__call__` is Python code
+        return None
     for each in (handler, getattr(handler, "__func__", None), getattr(type(handler), "__call__", None)):  # noqa: B004
         code = getattr(each, "__code__", None)
         if isinstance(code, CodeType):

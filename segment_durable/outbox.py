@@ -25,6 +25,7 @@ import secrets
 import sqlite3
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,14 @@ from segment_durable.guards import after_damage, whole, with_reserve
 from segment_durable.intake import Intake
 from segment_durable.leases import AHEAD, between, end_lease, end_without_last, first_free, shrink, take_over
 from segment_durable.records import Backoff, DeadLetter, Lease, NotNow, OutboxStats, Row
-from segment_durable.soundness import TOTALS_KINDS, UNSOUND_BODY, all_sound, are_books_sound, malformed, sound
+from segment_durable.soundness import MOST, TOTALS_KINDS, UNSOUND_BODY, all_sound, are_books_sound, malformed, sound
 from segment_durable.source import claim
 from segment_durable.views import TOTALS, read_leases, read_stats
 
 __all__ = ["Outbox", "other_source"]
 
 _NO_LIMIT = 1 << 62
+_SPAN = "SELECT id, appended_at, body FROM event WHERE id BETWEEN ? AND ? ORDER BY id LIMIT ?"
 _ERASED_AT_ONCE = 5_000  # events in one transaction
 _MOVED_AT_ONCE = 500  # events
 _DEAD_AT_ONCE = 100  # dead letters, of up to 32 KiB each, in one transaction
@@ -322,7 +324,7 @@ class Outbox:
     def expire(self, older_than: float, limit: int = 1000) -> list[bytes]:
         """Remove the first events, up to `limit`, that were appended before `older_than` (seconds since 1970).
 
-        Their messages are returned.  While any lease lives nothing is expired.
+        Their messages are returned.  What is on its way stays: it may have arrived already.
         """
         cutoff = int(older_than * 1000)
         with self.db.read() as connection:
@@ -330,16 +332,18 @@ class Outbox:
             if oldest is None or sound(oldest, (int,))[0] >= cutoff:
                 return []
         with self.db.write() as connection:
-            if self._sort_leases(connection, self._clock.boot())[0]:
-                return []
+            living, _ = self._sort_leases(connection, self._clock.boot())
             expired: list[Row] = []
-            found = connection.execute("SELECT id, appended_at, body FROM event ORDER BY id LIMIT ?", (limit,))
-            for event_id, appended_at, body in all_sound(found, (int, int, bytes)):
-                if appended_at >= cutoff:
+            for low, high in between(living, 0, MOST):
+                found = connection.execute(_SPAN, (low, high, limit - len(expired)))
+                rows = list(all_sound(found, (int, int, bytes)))
+                old = list(takewhile(lambda row: row[1] < cutoff, rows))
+                if old:
+                    connection.execute("DELETE FROM event WHERE id BETWEEN ? AND ?", (low, old[-1][0]))
+                    expired += [Row(event_id, body) for event_id, _, body in old]
+                if len(old) < len(rows):
                     break
-                expired.append(Row(event_id, body))
             if expired:
-                connection.execute("DELETE FROM event WHERE id <= ?", (expired[-1].id,))
                 end_without_last(connection)
                 count(connection, "expired = expired + ?, last_id = max(last_id, ?)", (len(expired), expired[-1].id))
         return [row.body for row in expired]

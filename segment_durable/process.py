@@ -50,6 +50,7 @@ def attach(member: Member) -> Engine:
     if _lock.is_owned():
         raise OutboxBusy("the call was made by a signal handler while its thread was opening or closing an outbox")
     with _lock:
+        # Nothing is logged in here: a handler's lock may be held by a thread that waits to come in.
         # In here, for which a fork waits: on Python 3.11 and older these have a lock of their own.
         key = os.path.realpath(member.config.outbox_path)
         if member.config.uses_oauth:
@@ -60,7 +61,9 @@ def attach(member: Member) -> Engine:
         if engine is None:
             engine = Engine(member.config, SystemClock(), key=key, on_gone=_replace)
             _engines[key] = engine
-        engine.join(member)
+        overruled = engine.join(member)
+    if overruled:
+        log.warning("%s: the values of the first client on this outbox hold, not these", ", ".join(overruled))
     if forsaken is not None:
         forsaken.close(0.0)
     engine.outbox.db.damage.tell()  # not before: a callback may make a client, and that takes the lock
@@ -116,7 +119,7 @@ def _replace(engine: Engine) -> None:
 
 def _take_along(engine: Engine, successor: Engine, *, with_clients: bool) -> None:
     """Let its clients in; where there is none its settings have to agree all the same, for its events go along."""
-    for member in (list(engine.members) if with_clients else []) or [Member(engine.config)]:
+    for member in (engine.members if with_clients else []) or [Member(engine.config)]:
         successor.join(member)
 
 

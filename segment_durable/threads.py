@@ -29,14 +29,14 @@ _told = False
 def start_thread(target: Callable[[], None], name: str) -> threading.Thread | None:
     """A running daemon thread; None where none can run, and then the caller has to do its work by itself.
 
-    That is so while the interpreter exits (from Python 3.12 on), where the system has no more threads, and in the
-    processes of uWSGI that `_would_stand_still` knows.
+    That is so while the interpreter exits (from Python 3.12 on), where the system has no more threads, in an
+    interpreter within another that may have none, and in the processes of uWSGI that `_would_stand_still` knows.
     """
     if _would_stand_still():
         return None
-    # A daemon: it must not keep the interpreter from exiting while it waits for the network.
-    thread = threading.Thread(target=target, name=name, daemon=True)
     try:
+        # A daemon: it must not keep the interpreter from exiting while it waits for the network.
+        thread = threading.Thread(target=target, name=name, daemon=True)
         thread.start()
     except RuntimeError:
         return None

@@ -13,8 +13,9 @@ from segment_durable.soundness import TOTALS_KINDS, Kinds, all_sound, check_numb
 
 __all__ = ["REBOOT_CAP", "TOTALS", "read_backoff", "read_leases", "read_stats"]
 
-REBOOT_CAP = 300.0  # seconds that a wait from before a reboot may have left
-_LONGEST_WAIT = 86_400.0  # seconds; one that seems longer was stored before the machine was put back to a snapshot
+# Seconds that any wait has left at the most, and so one from before a reboot.  One that seems to have more was stored
+# before the machine was put back to a snapshot.
+REBOOT_CAP = 300.0
 
 # Columns are named, not "*": a later schema may add some.
 _LEASES = """
@@ -57,8 +58,7 @@ def read_backoff(connection: sqlite3.Connection, clock: Clock) -> Backoff:
     first_failure, first_throttle, reported, last_error, last_error_at = row[5:]
     check_numbers(failures, abs(last_error_at))  # before 1970, says a clock that was never set
     now = clock.boot()
-    longest = _LONGEST_WAIT if boot_id else REBOOT_CAP
-    restarted = not_before > 0 and (boot_id != clock.boot_id() or not_before - now > longest)
+    restarted = not_before > 0 and (boot_id != clock.boot_id() or not_before - now > REBOOT_CAP)
     if restarted:
         not_before = now + min(max(0.0, not_before_wall - clock.time()), REBOOT_CAP)
         first_failure = None if first_failure is None else now

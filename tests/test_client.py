@@ -892,6 +892,39 @@ def test_join_ends_the_sender_of_where_the_path_leads_now(
     assert not engine.sender.is_running
 
 
+def test_a_log_handler_that_makes_a_client_waits_for_nobody_who_logs(make_client: MakeClient, tmp_path: Path) -> None:
+    """It has a lock of its own, which who logs waits for."""
+    in_handler, is_logging = threading.Event(), threading.Event()
+    made: list[Client] = []
+
+    class ToSegment(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.name == "app":
+                in_handler.set()
+                is_logging.wait(1)  # nobody can log while this thread has the lock: the other one is about to
+                made.append(make_client(deliver=False, outbox_dir=tmp_path / "logs"))
+
+        def filter(self, record: logging.LogRecord) -> bool:
+            if record.name != "app":
+                is_logging.set()
+            return True
+
+    make_client(deliver=False)
+    handler = ToSegment()
+    logging.getLogger().addHandler(handler)
+    try:
+        app = threading.Thread(target=logging.getLogger("app").error, args=("of the app",), daemon=True)
+        app.start()
+        assert in_handler.wait(10)
+        other = threading.Thread(target=lambda: made.append(make_client(deliver=False, gzip=True)), daemon=True)
+        other.start()
+        app.join(20)
+        other.join(20)
+    finally:
+        logging.getLogger().removeHandler(handler)
+    assert len(made) == 2
+
+
 def test_an_outbox_that_is_found_to_be_elsewhere_just_after_the_shutdown_leaves_no_engine_behind(
     make_client: MakeClient, tmp_path: Path, switch: Callable[[], None]
 ) -> None:

@@ -10,6 +10,7 @@ import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from enum import Enum
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -25,6 +26,33 @@ MakeClient = Callable[..., Client]
 PROBLEMS = [TimeoutError, RuntimeError, TypeError, ValueError]
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="there is no such signal here")
+
+
+class Plan(Enum):
+    FREE = "free"
+
+
+def of_an_enum(*_: object) -> Any:
+    return Plan("Gold")
+
+
+@pytest.mark.parametrize("where", ["before_send", "on_error", "a log handler", "a value"])
+def test_an_ordinary_exception_that_comes_by_way_of_an_enum_is_none_of_a_signal_handler(
+    make_client: MakeClient, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What signals do by default are members of an Enum, too."""
+    hooks = {name: of_an_enum for name in ("before_send", "on_error") if name == where}
+    client = make_client(deliver=False, max_queue_size=1, **hooks)
+    if where == "a log handler":
+        handler = logging.Handler()
+        monkeypatch.setattr(handler, "emit", of_an_enum)
+        monkeypatch.setattr(logging.getLogger("segment"), "handlers", [handler])
+    assert client.track("u", "e", {"key": Items()} if where == "a value" else None)[0]
+    assert not client.track("u", "e")[0]
+
+
+class Items(dict[str, Any]):
+    items = of_an_enum  # type: ignore[assignment]
 
 
 @pytest.fixture(params=PROBLEMS, ids=lambda each: each.__name__)

@@ -141,14 +141,15 @@ class Model:
         return True
 
     def expire(self, now: float, cutoff: int, limit: int) -> list[bytes]:
-        if any(each.is_alive(now) for each in self.leases):
-            return []
+        held = [each for each in self.leases if each.is_alive(now)]
         gone: list[bytes] = []
-        for event_id, (appended_at, body) in list(self.events.items())[:limit]:
-            if appended_at >= cutoff:
+        for number, (event_id, (appended_at, body)) in enumerate(list(self.events.items())):
+            is_held = any(one.first <= event_id <= one.last for one in held)
+            if len(gone) == limit or (appended_at >= cutoff and not (is_held and number)):
                 break
-            del self.events[event_id]
-            gone.append(body)
+            if not is_held:
+                del self.events[event_id]
+                gone.append(body)
         self.expired += gone
         self._end_without_last()
         return gone

@@ -235,6 +235,20 @@ def test_a_wait_of_before_a_restart_is_no_longer_after_a_look_at_the_statistics(
     assert outbox.stats().next_attempt_seconds <= 100
 
 
+def test_a_wait_that_is_longer_than_any_that_is_stored_was_stored_before_the_machine_was_put_back(
+    outbox: Outbox, clock: FakeClock
+) -> None:
+    outbox.put(b"{}", 1)
+    lease = outbox.lease(1, 60)
+    assert isinstance(lease, Lease)
+    outbox.fail(lease, becomes(Backoff(not_before=clock.boot() + 300, told=True, failures=1)))
+    clock.set(boot=clock.boot() - 80_000 if clock.boot() > 80_000 else 1.0)
+    found = outbox.lease(1, 60, hurry=True)
+    assert isinstance(found, NotNow)
+    assert found.seconds is not None
+    assert found.seconds <= 300
+
+
 def test_without_a_boot_id_no_wait_of_before_a_restart_is_longer_than_300_seconds(
     outbox: Outbox, clock: FakeClock
 ) -> None:

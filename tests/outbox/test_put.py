@@ -223,13 +223,21 @@ def test_expire_keeps_to_its_limit(outbox: Outbox, clock: FakeClock) -> None:
     assert outbox.pending() == 2
 
 
-def test_nothing_expires_while_a_lease_lives(outbox: Outbox, clock: FakeClock) -> None:
-    for _ in range(3):
-        outbox.put(b"x", 1)
-    assert isinstance(outbox.lease(1, 60), Lease)
-    assert outbox.expire(clock.time()) == []
-    clock.advance(60)
-    assert len(outbox.expire(clock.time())) == 3
+def test_what_is_leased_does_not_expire(outbox: Outbox, clock: FakeClock) -> None:
+    """And what is not does: with several senders there is a lease at nearly any time."""
+    for number in range(1, 7):
+        outbox.put(b"%d" % number, 1 if number < 6 else int(clock.time() * 1000) + 100_000)
+    first, second = outbox.lease(1, 60), outbox.lease(2, 120, max_leases=2)
+    assert isinstance(first, Lease)
+    assert isinstance(second, Lease)
+    assert outbox.ack(second, 2) == 1
+    assert outbox.expire(clock.time()) == [b"4", b"5"]
+    assert bodies(outbox) == [b"1", b"3", b"6"]
+    assert outbox.ack(second, 3) == 1
+    clock.advance(60)  # the lease of the first is dead
+    assert outbox.expire(clock.time() - 1) == [b"1"]
+    assert (outbox.stats().expired, outbox.stats().pending) == (3, 1)
+    assert outbox.stats().balanced
 
 
 # -- threads commit together
