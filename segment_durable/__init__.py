@@ -79,13 +79,24 @@ default_client: Client | None = None
 """The client behind the calls of this module, made at the first of them; set it to None to have it made anew."""
 
 _unopened: _Unopened | None = None
-_lock = _PatientLock()
+
+
+class _MakingLock(_PatientLock):
+    """Not waited for without end.
+
+    Its owner may log, and who waits may be in the log handler, and have the lock of that.
+    """
+
+    patience = 5.0
+
+
+_lock = _MakingLock()
 
 
 def _after_fork_in_child() -> None:
     # Another thread of the parent may have been making the client.
     global _lock
-    _lock = _PatientLock()
+    _lock = _MakingLock()
 
 
 if hasattr(os, "register_at_fork"):
@@ -192,14 +203,13 @@ else:
 class _Unloaded:
     """What stands in for the client while its modules can't be loaded, as where no descriptor is left for them.
 
-    It accepts nothing, and raises nothing.
+    Or while another thread is making it.  It accepts nothing, and raises nothing.
     """
 
     _log, _told = _Limiter(60.0, _SystemClock()), _Limiter(1.0, _SystemClock())
 
-    def __init__(self, problem: OSError | ImportError) -> None:
-        reason = problem.strerror if isinstance(problem, OSError) else problem
-        self._problem = StorageError(f"the package can't be loaded: {reason}", "SQLITE_CANTOPEN")
+    def __init__(self, problem: OutboxError) -> None:
+        self._problem = problem
 
     def __getattr__(self, name: str) -> Callable[..., tuple[bool, dict[str, Any]]]:
         """`track` and the other calls that take an event; there is no message of it."""
@@ -232,6 +242,9 @@ def _default_client() -> Client | _Unopened | _Unloaded:
     except (OSError, ImportError) as problem:  # the latter where it is a library that can't be loaded
         if _from_signal(problem):
             raise
+        reason = problem.strerror if isinstance(problem, OSError) else problem
+        return _Unloaded(StorageError(f"the package can't be loaded: {reason}", "SQLITE_CANTOPEN"))
+    except OutboxBusy as problem:
         return _Unloaded(problem)
 
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from segment_durable.errors import OutboxBusy
 from segment_durable.logs import get_log
 
 __all__ = ["PatientLock", "Wake", "start_thread"]
@@ -72,15 +73,18 @@ class PatientLock(_RLock):  # type: ignore[misc]
     of Python's, in which a signal handler could raise and leave it locked.
     """
 
+    patience: float | None = None  # seconds, after which `with` raises `OutboxBusy`; None: it waits for ever
+
     def __init__(self) -> None:
         # Which of the greenlets of a thread has it, by the ids that gevent gives them.  A claim comes before the lock,
         # so that a signal handler knows in between, too, what it has interrupted.
         self._claims: set[int] = set()
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Take it; False if that takes more than so many seconds, `None`: for as long as it takes."""
+        """Take it; False if that takes more than so many seconds, `None`: as `with` does."""
         me = threading.get_ident()
-        end = None if timeout is None else time.monotonic() + timeout
+        limit = self.patience if timeout is None else timeout
+        end = None if limit is None else time.monotonic() + limit
         while True:
             was_owned = self._is_owned()
             if not was_owned:
@@ -96,6 +100,8 @@ class PatientLock(_RLock):  # type: ignore[misc]
                         self.release()
                     raise
             if end is not None and time.monotonic() >= end:
+                if timeout is None:
+                    raise OutboxBusy(f"another thread has been opening the outbox for {limit:g} s")
                 return False
             time.sleep(0.001)
 

@@ -128,6 +128,35 @@ def test_calls_return_false_while_the_outbox_cannot_be_opened_and_go_on_when_it_
     assert [event["event"] for event in receiver.unique] == ["e"]
 
 
+def test_a_call_does_not_wait_for_ever_for_the_thread_that_makes_the_client(
+    analytics: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That may wait for a log handler's lock, which this one has if the handler tracks."""
+    is_making, go_on = threading.Event(), threading.Event()
+    told: list[tuple[Exception, list[Any]]] = []
+    analytics.on_error = lambda problem, items: told.append((problem, items))
+
+    class Slow(client_module.Client):
+        def __init__(self, *args: Any, **settings: Any) -> None:
+            is_making.set()
+            assert go_on.wait(20)
+            super().__init__(*args, **settings)
+
+    monkeypatch.setattr(analytics, "Client", Slow)
+    monkeypatch.setattr(analytics._MakingLock, "patience", 0.01)
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(analytics.track("u", "e")), daemon=True)
+    thread.start()
+    assert is_making.wait(20)
+    assert analytics.track("u", "e") == (False, {})
+    assert analytics.flush(1) is False
+    go_on.set()
+    thread.join(20)
+    assert results[0][0]
+    ((problem, items),) = told
+    assert (type(problem), items) == (analytics.OutboxBusy, [])
+
+
 def test_settings_that_were_mended_are_read_by_the_next_call(analytics: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     analytics.outbox_dir = tmp_path / "file" / "outbox"
