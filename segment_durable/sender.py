@@ -143,18 +143,22 @@ class Sender:
         """
         if self._inline_lock.is_owned() or not self._outbox.is_outermost():
             return False
+        got = True  # until it is known better: a signal handler may raise in between
         try:
             if not self._inline_lock.wait(None if end is None else max(0.0, end - self._clock.boot())):
+                got = False
                 return False
             delivered = self._deliver_inline(target, end)
             return delivered  # noqa: RET504  # apart: what a signal handler raises after the call is within the `try`
         finally:
-            try:
-                self._inline_lock.release()
-            except RuntimeError:
-                pass  # it was not got
-            else:
-                self._call_after_inline()
+            # Not one that was not got: another greenlet of this thread may have it.
+            if got:
+                try:
+                    self._inline_lock.release()
+                except RuntimeError:
+                    pass  # nor was it where a signal handler has raised while it was waited for
+                else:
+                    self._call_after_inline()
 
     def _call_after_inline(self) -> None:
         while True:
@@ -247,19 +251,23 @@ class Sender:
         self._after_inline.append(then)
         if self._inline_lock.is_owned():
             return False  # a callback, or a signal handler
+        got = True
         try:
             if not self._inline_lock.wait(timeout):
+                got = False
                 return False
             inline, self._inline = self._inline, None
             if inline is not None:
                 inline.close()
         finally:
-            try:
-                self._inline_lock.release()
-            except RuntimeError:
-                pass  # it was not got
-            else:
-                self._call_after_inline()
+            # Not one that was not got: another greenlet of this thread may have it.
+            if got:
+                try:
+                    self._inline_lock.release()
+                except RuntimeError:
+                    pass  # nor was it where a signal handler has raised while it was waited for
+                else:
+                    self._call_after_inline()
         return True
 
     def note(self, step: Step, began: float) -> None:

@@ -235,10 +235,13 @@ def test_before_send_may_change_or_drop_a_copy(make_client: MakeClient, receiver
     assert [event["properties"] for event in receiver.events] == [{"n": 1}]
 
 
-def test_before_send_that_raises_leaves_the_message_as_it_was(make_client: MakeClient, receiver: Receiver) -> None:
+@pytest.mark.parametrize("problem", [RuntimeError, SystemExit])
+def test_before_send_that_raises_leaves_the_message_as_it_was(
+    make_client: MakeClient, receiver: Receiver, problem: type[BaseException]
+) -> None:
     def before_send(message: dict[str, Any]) -> dict[str, Any] | None:
         message.clear()
-        raise RuntimeError
+        raise problem
 
     client = make_client(before_send=before_send)
     assert client.track("u", "e", {"a": 1})[0] is True

@@ -12,34 +12,21 @@ from typing import Any
 import pytest
 
 import segment_durable
-from segment_durable import (
-    ConfigError,
-    DeliveryError,
-    EventsExpired,
-    InvalidMessage,
-    MessageTooLarge,
-    NotAnOutbox,
-    OutboxBusy,
-    OutboxDamaged,
-    OutboxFull,
-    OutboxUnavailable,
-    SourceMismatch,
-    StorageError,
-)
+from segment_durable import errors
 
 ERRORS = [
-    ConfigError("write_key", "is missing"),
-    InvalidMessage("user_id", "must be a str"),
-    MessageTooLarge(40_000, 32_768),
-    OutboxUnavailable("/outbox", "is not a folder"),
-    NotAnOutbox("/outbox", "is not a file"),
-    SourceMismatch("/outbox", "belongs to another write_key"),
-    OutboxFull(5, 7),
-    OutboxBusy("another process writes"),
-    OutboxDamaged("/outbox/kept", 1, 2, 3),
-    StorageError("the disk is full", "SQLITE_FULL"),
-    DeliveryError(400, "code", "message"),
-    EventsExpired(3, 5.0),
+    errors.ConfigError("write_key", "is missing"),
+    errors.InvalidMessage("user_id", "must be a str"),
+    errors.MessageTooLarge(40_000, 32_768),
+    errors.OutboxUnavailable("/outbox", "is not a folder"),
+    errors.NotAnOutbox("/outbox", "is not a file"),
+    errors.SourceMismatch("/outbox", "belongs to another write_key"),
+    errors.OutboxFull(5, 7),
+    errors.OutboxBusy("another process writes"),
+    errors.OutboxDamaged("/outbox/kept", 1, 2, 3),
+    errors.StorageError("the disk is full", "SQLITE_FULL"),
+    errors.DeliveryError(400, "code", "message"),
+    errors.EventsExpired(3, 5.0),
 ]
 
 
@@ -58,5 +45,5 @@ def _refused() -> None:
 def test_what_a_worker_of_a_pool_raises_reaches_its_parent() -> None:
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         for _ in range(2):
-            with pytest.raises(InvalidMessage, match="user_id or anonymous_id must be"):
+            with pytest.raises(errors.InvalidMessage, match="user_id or anonymous_id must be"):
                 pool.submit(_refused).result(60)

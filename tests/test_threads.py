@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -55,6 +56,26 @@ def test_without_threads_the_setting_is_named_once_and_a_flush_delivers(
     assert "enable-threads = true" in caplog.text
     assert client.flush(20) is True
     assert [event["event"] for event in receiver.unique] == [str(n) for n in range(5)]
+
+
+def test_where_no_thread_can_be_made_it_is_as_where_none_can_start(
+    make_client: MakeClient, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in an interpreter within another that may have no daemons."""
+
+    real = threading.Thread
+
+    def refuse(*arguments: Any, name: str | None = None, **named: Any) -> threading.Thread:
+        if name is not None and name.startswith("segment-durable"):
+            raise RuntimeError("daemon threads are disabled in this (sub)interpreter")
+        return real(*arguments, name=name, **named)
+
+    client = make_client()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading, "Thread", refuse)
+        assert client.track("u", "e")[0]
+        assert client.flush(20) is True
+    assert [event["event"] for event in receiver.unique] == ["e"]
 
 
 def test_in_the_master_no_thread_starts(

@@ -166,6 +166,24 @@ def test_how_full_the_next_batch_is_is_known_from_the_ids_and_it_waits_to_be_ful
     assert (waits, looks) == ([3], [])
 
 
+@pytest.mark.parametrize("how", ["drain", "stop"])
+def test_who_has_waited_in_vain_for_an_inline_delivery_does_not_end_its_lock(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Greenlets of one thread are one owner to the lock itself."""
+    bench.put(1)
+    delivery = bench.sender()
+    sender = Sender(bench.outbox, bench.config, bench.clock, lambda: delivery.delivery)
+    me = [1]
+    monkeypatch.setattr("threading.get_ident", lambda: me[0])
+    with sender._inline_lock:
+        me[0] = 2  # another greenlet's turn
+        assert (sender.drain(1, bench.clock.boot()) if how == "drain" else sender.stop(0.0, lambda: None)) is False
+        me[0] = 1
+        assert sender._inline_lock.is_owned()
+    assert delivery.posts == []
+
+
 def test_to_stop_a_worker_that_has_ended_calls_back_at_once(bench: Bench) -> None:
     worker = Worker(lambda step, began: None, bench.outbox, bench.config, bench.clock, lambda: bench.sender().delivery)
     worker.end()
