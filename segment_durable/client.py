@@ -199,8 +199,9 @@ class Client(_Settings):
 
         `timeout`: seconds to wait for that, 0: only says whether it has, and starts nothing.  `None` waits until it is
         done or the retry budget of a batch is used up (`max_retries`, `max_total_backoff_duration`,
-        `max_rate_limit_duration`).  With `deliver=False` the events are another process's to deliver: `None` does not
-        wait for that, a number does.  With `send=False` it is True.
+        `max_rate_limit_duration`); a number ends then, too, but for a rate limit that is over within that time.  With
+        `deliver=False` the events are another process's to deliver: `None` does not wait for that, a number does.
+        With `send=False` it is True.
 
         Where nothing was tracked yet it starts the sender, which delivers what other processes append.
         """

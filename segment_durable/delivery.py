@@ -59,6 +59,7 @@ class Step:
     count: int = 0  # events that left
     seconds: float | None = 0.0
     exhausted: bool = False  # the retry budget is used up
+    told: bool = False  # failed: the receiver has said when to come again
     through: int | None = None  # all events up to that id have left, if that is known
 
     @property
@@ -312,7 +313,8 @@ class Delivery:
             self._reporter.failed(failure.error, [failure.events])
         else:
             log.info("not delivered, will be tried again: %s", failure.error)
-        return Step("failed", seconds=max(0.0, after.not_before - self._clock.boot()), exhausted=after.reported)
+        wait = max(0.0, after.not_before - self._clock.boot())
+        return Step("failed", seconds=wait, exhausted=after.reported, told=after.told)
 
     def _expire(self) -> None:
         if self._config.max_age is None or self._clock.boot() < self._next_expiry:

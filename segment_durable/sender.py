@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from collections.abc import Callable
 
@@ -45,8 +46,9 @@ class Sender:
         self._changed = threading.Condition(self._changing)  # notified after a step that ends the wait of a flush
         self._left = 0  # events that left by steps of this sender
         self._goals: list[int] = []  # what `_left` has to come to for the flushes that wait
-        # When the last step that failed had begun, on the boot clock, and whether the retry budget was used up.
-        self._last_failure: tuple[float, bool] = (0.0, False)
+        # Of the last step that failed, on the boot clock: when it had begun, and when the next attempt is due if the
+        # retry budget was used up.
+        self._last_failure: tuple[float, float | None] = (0.0, None)
 
     @property
     def is_running(self) -> bool:
@@ -89,8 +91,8 @@ class Sender:
     def flush(self, timeout: float | None = None) -> bool:
         """Deliver all that is pending now; whether all of it has left the outbox.
 
-        `timeout`: seconds, 0: only looks; `None` waits for as long as it takes, and ends when the retry budget is used
-        up.
+        `timeout`: seconds, 0: only looks; `None` waits for as long as it takes.  Either ends when the retry budget is
+        used up, but a number not before an attempt that the receiver allows within that time.
         Raises `OutboxError` if the outbox can't be read.  In a signal handler that has interrupted a call on this
         outbox it is False: whoever delivers may wait for that call.
         """
@@ -116,8 +118,9 @@ class Sender:
                 remaining = _FLUSH_LOOK if end is None else min(_FLUSH_LOOK, end - self._clock.boot())
                 if remaining <= 0:
                     return False
-                failed, exhausted = self._last_failure
-                if failed >= began and exhausted:  # not what was under way already: it was not made to hurry
+                failed, due = self._last_failure
+                # Not what was under way already: it was not made to hurry.
+                if failed >= began and due is not None and (end is None or due >= end):
                     return False
                 if not any(worker.is_alive() for worker in workers):
                     return self.drain(target, end)
@@ -279,9 +282,18 @@ class Sender:
         with self._changing:
             self._left += step.count
             if step.kind in ("failed", "backoff"):
-                self._last_failure = (began, step.exhausted)
+                self._last_failure = (began, self._due_after(step))
             if not step.progress or any(goal <= self._left for goal in self._goals):
                 self._changed.notify_all()
+
+    def _due_after(self, step: Step) -> float | None:
+        """When the next attempt is due, on the boot clock; None: a flush may wait for it however long that takes."""
+        if not step.exhausted:
+            return None
+        # One attempt was made, and failed: the next one is no flush's, whenever that is.
+        if step.kind == "failed" and not step.told:
+            return math.inf
+        return self._clock.boot() + (step.seconds or 0.0)
 
     def _wait_for(self, goal: int, seconds: float) -> None:
         """Wait until so many events have left by this sender, or a step left it with nothing to do."""
