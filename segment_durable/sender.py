@@ -146,13 +146,18 @@ class Sender:
         """
         if self._inline_lock.is_owned() or not self._outbox.is_outermost():
             return False
+        patience = None if end is None else max(0.0, end - self._clock.boot())
+        return self._alone_inline(patience, lambda: self._deliver_inline(target, end))
+
+    def _alone_inline(self, timeout: float | None, work: Callable[[], bool]) -> bool:
+        """Do that while nobody else delivers in `drain`; False, and nothing is done, if that takes longer to come."""
         got = True  # until it is known better: a signal handler may raise in between
         try:
-            if not self._inline_lock.wait(None if end is None else max(0.0, end - self._clock.boot())):
+            if not self._inline_lock.wait(timeout):
                 got = False
                 return False
-            delivered = self._deliver_inline(target, end)
-            return delivered  # noqa: RET504  # apart: what a signal handler raises after the call is within the `try`
+            done = work()
+            return done  # noqa: RET504  # apart: what a signal handler raises after the call is within the `try`
         finally:
             # Not one that was not got: another greenlet of this thread may have it.
             if got:
@@ -254,23 +259,12 @@ class Sender:
         self._after_inline.append(then)
         if self._inline_lock.is_owned():
             return False  # a callback, or a signal handler
-        got = True
-        try:
-            if not self._inline_lock.wait(timeout):
-                got = False
-                return False
-            inline, self._inline = self._inline, None
-            if inline is not None:
-                inline.close()
-        finally:
-            # Not one that was not got: another greenlet of this thread may have it.
-            if got:
-                try:
-                    self._inline_lock.release()
-                except RuntimeError:
-                    pass  # nor was it where a signal handler has raised while it was waited for
-                else:
-                    self._call_after_inline()
+        return self._alone_inline(timeout, self._close_inline)
+
+    def _close_inline(self) -> bool:
+        inline, self._inline = self._inline, None
+        if inline is not None:
+            inline.close()
         return True
 
     def note(self, step: Step, began: float) -> None:
