@@ -58,8 +58,8 @@ class Step:
     kind: str
     count: int = 0  # events that left
     seconds: float | None = 0.0
-    exhausted: bool = False  # the retry budget is used up
-    told: bool = False  # failed: the receiver has said when to come again
+    exhausted: bool = False  # the retry budget of what is waited for is used up
+    told: bool = False  # the receiver has said when to come again
     through: int | None = None  # all events up to that id have left, if that is known
 
     @property
@@ -129,7 +129,7 @@ class Delivery:
                 limit, self._lease_seconds, batch=size, max_leases=threads, hurry=hurry, token=self._token
             )
             if isinstance(found, NotNow):
-                return Step(found.reason, seconds=found.seconds, exhausted=found.exhausted)
+                return self._waiting(found.reason, found.seconds, found.backoff)
             self._lease = found
             self._work = _ranges(found.first, found.last, self._cuts)
         batch = self._next_batch()
@@ -314,7 +314,10 @@ class Delivery:
         else:
             log.info("not delivered, will be tried again: %s", failure.error)
         wait = max(0.0, after.not_before - self._clock.boot())
-        return Step("failed", seconds=wait, exhausted=after.reported, told=after.told)
+        return self._waiting("failed", wait, after)
+
+    def _waiting(self, kind: str, seconds: float | None, backoff: Backoff) -> Step:
+        return Step(kind, seconds=seconds, exhausted=self._policy.is_spent(backoff), told=backoff.told)
 
     def _expire(self) -> None:
         if self._config.max_age is None or self._clock.boot() < self._next_expiry:

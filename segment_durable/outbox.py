@@ -153,7 +153,7 @@ class Outbox:
                 return NotNow("empty", None)
             before = current_backoff(connection, self._clock)
             if before.not_before > now and not (hurry and not before.told):
-                return NotNow("backoff", before.not_before - now, before.reported)
+                return NotNow("backoff", before.not_before - now, before)
             living: list[Any] = []
             dead: list[Any] = []
             if count:

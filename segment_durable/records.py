@@ -47,19 +47,6 @@ class Lease:
 
 
 @dataclass(frozen=True)
-class NotNow:
-    """Why there is nothing to lease.
-
-    `reason` is "empty" (no event waits), "leased" (other senders are at work) or "backoff" (an earlier attempt
-    failed); `seconds` is how long until it is worth asking again, `None` where only a new event can change it.
-    """
-
-    reason: str
-    seconds: float | None
-    exhausted: bool = False  # backoff: the retry budget is used up
-
-
-@dataclass(frozen=True)
 class Backoff:
     """What failed attempts have led to; shared by all senders on the outbox.  Times: seconds on the boot clock."""
 
@@ -72,6 +59,19 @@ class Backoff:
     last_error: str = ""
     last_error_at: float = 0.0  # seconds since 1970; 0: never
     restarted: bool = False  # as stored it is of an earlier start of the machine; the times have been converted
+
+
+@dataclass(frozen=True)
+class NotNow:
+    """Why there is nothing to lease.
+
+    `reason` is "empty" (no event waits), "leased" (other senders are at work) or "backoff" (an earlier attempt
+    failed); `seconds` is how long until it is worth asking again, `None` where only a new event can change it.
+    """
+
+    reason: str
+    seconds: float | None
+    backoff: Backoff = Backoff()  # for that reason
 
 
 @dataclass(frozen=True)

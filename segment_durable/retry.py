@@ -71,12 +71,18 @@ class RetryPolicy:
             return self._throttled(outcome, before, now)
         return self._failed(outcome, before, now, chance)
 
+    def is_spent(self, backoff: Backoff) -> bool:
+        """Whether the budget of what it is waited for is used up: of the rate limit where the receiver has asked."""
+        if not backoff.told:
+            return backoff.reported
+        since = backoff.not_before if backoff.first_throttle is None else backoff.first_throttle
+        return backoff.not_before - since > self.max_rate_limit
+
     def _throttled(self, outcome: Outcome, before: Backoff, now: float) -> Backoff:
         since = now if before.first_throttle is None else before.first_throttle
         until = now + outcome.retry_after
-        spent = until - since > self.max_rate_limit
-        after = put_off(before, now, until, told=True)
-        return replace(after, first_throttle=since, reported=before.reported or spent)
+        after = replace(put_off(before, now, until, told=True), first_throttle=since)
+        return replace(after, reported=before.reported or self.is_spent(after))
 
     def _failed(self, outcome: Outcome, before: Backoff, now: float, chance: float) -> Backoff:
         failures = before.failures + 1

@@ -284,10 +284,8 @@ class Sender:
         """When the next attempt is due, on the boot clock; None: a flush may wait for it however long that takes."""
         if not step.exhausted:
             return None
-        # One attempt was made, and failed: the next one is no flush's, whenever that is.
-        if step.kind == "failed" and not step.told:
-            return math.inf
-        return self._clock.boot() + (step.seconds or 0.0)
+        # One attempt was made, and failed: the next one is no flush's, unless the receiver has said when it may be.
+        return self._clock.boot() + (step.seconds or 0.0) if step.told else math.inf
 
     def _wait_for(self, goal: int, seconds: float) -> None:
         """Wait until so many events have left by this sender, or a step left it with nothing to do."""

@@ -351,17 +351,27 @@ def test_a_flush_does_not_wait_for_a_rate_limit_that_has_used_up_the_budget(
     assert len(receiver.requests) == 1
 
 
-@pytest.mark.parametrize("first", [401, 429], ids=["refused", "throttled"])
 def test_a_flush_with_time_left_waits_for_a_rate_limit_though_the_budget_is_used_up(
-    make_client: MakeClient, receiver: Receiver, first: int
+    make_client: MakeClient, receiver: Receiver
 ) -> None:
-    later = Answer(429, {"Retry-After": "1"})
-    receiver.script(later if first == 429 else Answer(first), later)
+    receiver.script(*[Answer(429, {"Retry-After": "1"})] * 2)
     client = make_client(max_rate_limit_duration=0.5)
     client.track("u", "e")
     assert not client.flush()
     assert not client.flush()
     assert client.flush(20)
+    assert len(receiver.requests) == 3
+
+
+@pytest.mark.parametrize("timeout", [None, 20])
+def test_a_flush_waits_for_a_rate_limit_after_failures_that_have_used_up_their_own_budget(
+    make_client: MakeClient, receiver: Receiver, timeout: float | None
+) -> None:
+    receiver.script(Answer(404), Answer(429, {"Retry-After": "1"}))
+    client = make_client()
+    client.track("u", "e")
+    assert not client.flush()
+    assert client.flush(timeout)
     assert len(receiver.requests) == 3
 
 
