@@ -221,9 +221,12 @@ class Client(_Settings):
                     now = engine.clock.boot()
                     end = now + timeout if end is None else end
                     timeout = max(0.0, end - now)
+                generation = engine.outbox.generation
                 flushed = self._flush(engine, timeout)
-                if flushed and engine.successor is not None:
-                    continue  # that outbox may be empty because all was moved
+                # That outbox may be empty because all was moved, and one that has taken a damaged one's place may have
+                # given some events other ids.
+                if flushed and (engine.successor is not None or engine.outbox.generation != generation):
+                    continue
                 return flushed
             except (OutboxError, ConfigError) as problem:
                 if engine is not None and engine.closed:

@@ -253,15 +253,16 @@ class Delivery:
         return Step("delivered", deleted, through=batch.last if is_next and self._lease is None else None)
 
     def _split(self, batch: Batch) -> Step:
-        rows = self._outbox.rows(batch.first, batch.last)
-        if len(rows) < 2:  # the others have left meanwhile: the next step sends what remains, or finds the lease lost
+        first, last = self._work[-1]
+        halves = self._outbox.halve(first, last, batch.count)
+        if halves is None:  # the others have left meanwhile: the next step sends what remains, or finds the lease lost
             return Step("split")
-        middle = rows[(len(rows) - 1) // 2].id
+        middle, end = halves
         # Only now: a range that was gone from here while its events are still there would be deleted by the next ack.
-        _, last = self._work.pop()
-        if batch.last < last:
-            self._work.append((batch.last + 1, last))
-        self._work += [(middle + 1, batch.last), (batch.first, middle)]
+        self._work.pop()
+        if end < last:
+            self._work.append((end + 1, last))
+        self._work += [(middle + 1, end), (first, middle)]
         return Step("split")
 
     def _bury(self, batch: Batch, outcome: Outcome) -> Step:

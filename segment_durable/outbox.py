@@ -195,7 +195,8 @@ class Outbox:
             for event_id, body in connection.execute(
                 "SELECT id, body FROM event WHERE id BETWEEN ? AND ? ORDER BY id", (first, last)
             ):
-                if type(body) is not bytes:
+                # The ids of pages that a disk has written to the wrong places may come in any order.
+                if type(body) is not bytes or not first <= event_id <= last or (found and event_id <= found[-1].id):
                     raise malformed()
                 found.append(Row(event_id, body))
                 max_bytes -= len(body)
@@ -231,6 +232,23 @@ class Outbox:
                 if connection.execute(_UNSOUND, (first, end)).fetchone() is not None:
                     raise malformed()
         return (count, low, high, events) if count else (0, 0, 0, b"")
+
+    @after_damage
+    def halve(self, first: int, last: int, limit: int) -> tuple[int, int] | None:
+        """Of what `joined` counts: the last id of the first half, and that of the second; None of fewer than two.
+
+        Pages that a disk has written to the wrong places are whole, and hold other ids than they should: then the two
+        looks here do not agree.  A halving that went on with that would come to no end.
+        """
+        with self.db.read() as connection:
+            count, low, high, _ = connection.execute(_JOINED, (first, first, last, limit)).fetchone()
+            if count < 2:
+                return None
+            query = "SELECT id FROM event WHERE id BETWEEN ? AND ? ORDER BY id"
+            ids = [each for (each,) in connection.execute(query, (low, high))]
+            if len(ids) != count or not low == ids[0] < ids[-1] == high or ids != sorted(ids):
+                raise malformed()
+        return ids[(count - 1) // 2], high
 
     @with_reserve
     def extend(self, lease: Lease, seconds: float) -> Lease | None:
@@ -422,6 +440,11 @@ class Outbox:
         """
         first: int | None = self.db.read_one("SELECT min(id) FROM event", timeout=timeout)[0]
         return first
+
+    @property
+    def generation(self) -> int:
+        """Another number for each database that has taken the place of a damaged one, as far as this process has seen."""
+        return self.db.connections.generation
 
     def newest(self) -> int:
         """The id of the event that was last appended by this process, without a look at the disk; 0: none was.

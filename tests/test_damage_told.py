@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from outbox.pages import PAGE, leaf_pages, overwrite
 
 from segment_durable import Client
 from segment_durable.errors import OutboxDamaged
@@ -17,7 +18,6 @@ from segment_durable.testing import Receiver
 
 MakeClient = Callable[..., Client]
 EVENTS = 300
-PAGE = 2048
 
 
 def fill(make_client: MakeClient) -> Path:
@@ -142,3 +142,18 @@ def test_an_outbox_that_was_not_finished_is_begun_anew_without_a_word(
     assert client.track("u", "e")[0]
     assert errors == []
     assert not [each for each in caplog.records if "damaged" in each.getMessage()]
+
+
+@pytest.mark.parametrize("place", [5, 15, 30])
+def test_a_flush_waits_for_what_has_another_id_after_it_was_salvaged(
+    make_client: MakeClient, receiver: Receiver, place: int
+) -> None:
+    """The root of the tree was written to a leaf's place as well: below that SQLite comes to the leaves once more."""
+    path = fill(make_client)
+    overwrite(path, (leaf_pages(path)[place] - 1) * PAGE, path.read_bytes()[2 * PAGE : 3 * PAGE])
+    errors: list[Exception] = []
+    client = make_client(upload_size=10, upload_interval=0, on_error=lambda error, items: errors.append(error))
+    assert client.flush(30) is True
+    assert [type(each) for each in errors] == [OutboxDamaged]
+    assert client.stats().pending == 0
+    assert len(receiver.unique) > EVENTS - 30

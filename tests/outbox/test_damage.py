@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 import sqlite3
-import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,9 +23,9 @@ from segment_durable.quarantine import kept_sets
 from segment_durable.records import Lease
 from segment_durable.testing.clock import FakeClock
 
+from .pages import PAGE, leaf_pages, overwrite, put_leaf, swap_leaves
 from .workers import Worker
 
-PAGE = 2048
 PENDING, DEAD = 300, 7
 MakeOutbox = Callable[..., Outbox]
 MakeWorker = Callable[..., Worker]
@@ -98,23 +97,6 @@ def deliver_all(outbox: Outbox) -> bool:
     assert lease.first == outbox.first_id()
     pending = outbox.pending()
     return outbox.ack(lease, lease.last) == pending
-
-
-def overwrite(path: Path, at: int, data: bytes) -> None:
-    with path.open("r+b") as file:
-        file.seek(at)
-        file.write(data)
-
-
-def leaf_pages(path: Path) -> list[int]:
-    """The leaf pages of `event`, in order: its root, page 3, points to them."""
-    data = path.read_bytes()
-    page = data[2 * PAGE : 3 * PAGE]
-    assert page[0] == 5
-    cells = struct.unpack(f">{int.from_bytes(page[3:5], 'big')}H", page[12 : 12 + 2 * int.from_bytes(page[3:5], "big")])
-    found = [int.from_bytes(page[at : at + 4], "big") for at in (*cells, 8)]
-    assert {data[(number - 1) * PAGE] for number in found} == {13}
-    return found
 
 
 NOTHING_LOADED = """
@@ -737,14 +719,6 @@ def test_a_new_database_is_no_outbox_that_was_there_before(tmp_path: Path) -> No
 
 
 # -- pages that a disk has written to the wrong places: whole, and SQLite finds nothing wrong with them
-
-
-def swap_leaves(path: Path, first: int, second: int) -> None:
-    leaves = leaf_pages(path)
-    data = path.read_bytes()
-    for here, there in ((first, second), (second, first)):
-        at = (leaves[there] - 1) * PAGE
-        overwrite(path, (leaves[here] - 1) * PAGE, data[at : at + PAGE])
 
 
 def delivered_bodies(outbox: Outbox) -> list[bytes]:

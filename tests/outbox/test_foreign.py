@@ -20,6 +20,8 @@ from segment_durable.errors import NotAnOutbox
 from segment_durable.outbox import Outbox
 from segment_durable.quarantine import kept_sets
 
+from .pages import overwrite
+
 PAGE = 4096  # SQLite's default, and not ours
 
 MakeOutbox = Callable[..., Outbox]
@@ -41,12 +43,6 @@ def make_foreign(path: Path) -> None:
 
 def files(folder: Path) -> dict[str, bytes]:
     return {each.name: each.read_bytes() for each in folder.iterdir()}
-
-
-def overwrite(path: Path, at: int, data: bytes) -> None:
-    with path.open("r+b") as file:
-        file.seek(at)
-        file.write(data)
 
 
 def garbage(size: int) -> bytes:
