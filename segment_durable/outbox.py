@@ -443,7 +443,7 @@ class Outbox:
 
     @property
     def generation(self) -> int:
-        """Another number for each database that has taken the place of a damaged one, as far as this process has seen."""
+        """Another number for each database that has taken a damaged one's place, as far as this process has seen."""
         return self.db.connections.generation
 
     def newest(self) -> int:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from outbox.pages import PAGE, leaf_pages, overwrite
 
 from segment_durable.cli import build_parser, main
 from segment_durable.cli.arguments import CommandParser
@@ -273,6 +274,36 @@ def test_verify_finds_damage(folder: Path, run: Run) -> None:
     report = json.loads(run("status", "--verify", "--json", folder)[1])["verification"]
     assert report["damages"]
     assert report["passed"] is False
+
+
+@pytest.mark.parametrize(
+    "command", [("list", "--limit", "0"), ("show",), ("status", "--verify")], ids=lambda command: command[0]
+)
+def test_pages_that_lead_round_in_a_circle_end_a_listing(folder: Path, run: Run, command: tuple[str, ...]) -> None:
+    """The root of the tree was written to a leaf's place as well, and so the ids come in any order."""
+    box = Outbox(folder, SystemClock())
+    for number in range(1, 1001):
+        box.put(body(number), 1)
+    close(box)
+    path = folder / "outbox.db"
+    root = path.read_bytes()[2 * PAGE : 3 * PAGE]
+    overwrite(path, (leaf_pages(path)[-3] - 1) * PAGE, root)
+    code, out, err = run(*command, folder, *(["no-such-message"] if command == ("show",) else []))
+    assert code == (1 if command[0] == "status" else 2)
+    assert len(out.splitlines()) < 3000
+    assert ("damaged" in err) or command[0] == "status"
+
+
+@pytest.mark.parametrize("command", ["status", "list", "show"])
+def test_a_schema_that_is_no_text_is_named_as_damage(box: Outbox, folder: Path, run: Run, command: str) -> None:
+    fill(box, 1)
+    close(box)
+    path = folder / "outbox.db"
+    overwrite(path, path.read_bytes().index(b"CREATE TABLE event") + 3, b"\xbf")
+    code, _, err = run(command, folder, *(["1"] if command == "show" else []))
+    assert code == 2
+    assert err.count("\n") == 1
+    assert "is damaged or not an outbox (there is text that is not UTF-8)" in err
 
 
 def test_status_lists_the_damaged_sets_that_are_kept(folder: Path, run: Run) -> None:
@@ -1074,6 +1105,11 @@ def test_erase_asks_for_a_yes(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         assert (said.out, there in said.err, "--yes" in said.err) == ("", True, True)
     assert main(["erase", str(tmp_path), "--state", "pending", "--id", "4", "--id", "4"]) == 1
     assert "3 events pending, of which 1 by --id;" in capsys.readouterr().err
+    for there, ids in ((0, ("2", "99")), (2, ("2", "3", "4"))):  # 2 is dead
+        assert main(["erase", str(tmp_path), "--state", "pending", *(f"--id={each}" for each in ids)]) == 1
+        assert f"3 events pending, of which {there} by --id;" in capsys.readouterr().err
+    assert main(["erase", str(tmp_path), "--state", "dead", "--id", "2", "--id", "4"]) == 1
+    assert "2 events dead, of which 1 by --id;" in capsys.readouterr().err
     assert after(tmp_path) == (3, 2, 0, True)
     assert main(["erase", str(tmp_path), "--state", "dead", "--all", "--yes"]) == 0
     assert main(["erase", str(tmp_path), "--state", "pending", "--id", "4", "--yes"]) == 0

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from segment_durable.cli.arguments import add_outbox_options, locate, whole_number
+from segment_durable.cli.events import find_id
 from segment_durable.cli.format import say
 from segment_durable.cli.reading import Reader
 from segment_durable.clock import Clock
@@ -46,7 +47,7 @@ def erase(args: argparse.Namespace, clock: Clock) -> int:
         if not args.yes:
             stats = outbox.stats()
             there = stats.dead if args.state == "dead" else stats.pending
-            which = "" if args.ids is None else f", of which {len(set(args.ids))} by --id"
+            which = "" if args.ids is None else f", of which {_named(args, clock)} by --id"
             print(
                 f"nothing was removed: {_events(there)} {args.state}{which}; to remove them for good add --yes",
                 file=sys.stderr,
@@ -78,6 +79,12 @@ def _outbox(args: argparse.Namespace, clock: Clock) -> Iterator[Outbox]:
         raise
     finally:
         outbox.close()
+
+
+def _named(args: argparse.Namespace, clock: Clock) -> int:
+    """How many of the ids are there, in the state that is asked for."""
+    found = (find_id(Reader(locate(args)), clock, each) for each in set(args.ids))
+    return sum((each.state == "dead") == (args.state == "dead") for each in found if each is not None)
 
 
 def _events(count: int) -> str:

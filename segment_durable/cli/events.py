@@ -132,9 +132,11 @@ def find_message(reader: Reader, clock: Clock, message_id: str) -> Event | None:
 
 def _read(connection: sqlite3.Connection, clock: Clock, state: str, first: int, last: int) -> list[Event]:
     living = [lease for lease in read_leases(connection, clock) if not lease.is_dead]
-    events = []
+    events: list[Event] = []
     for row in connection.execute(f"{_SELECT[state]} ORDER BY id LIMIT {_CHUNK}", {"first": first, "last": last}):
-        if not is_sound(row[1:2], (int,)) or not is_sound(row[3:], _OF_DEAD):
+        # Out of order they come from pages that a disk has written to the wrong places, and would come again for ever.
+        is_next = first <= row[0] <= last and (not events or row[0] > events[-1].id)
+        if not is_next or not is_sound(row[1:2], (int,)) or not is_sound(row[3:], _OF_DEAD):
             raise malformed()
         if row[4] is not None:
             now = "dead"

@@ -22,7 +22,7 @@ from segment_durable.database_file import BUSY_TIMEOUT, DATABASE_NAME, SCHEMA_VE
 from segment_durable.errors import NotAnOutbox, OutboxUnavailable
 from segment_durable.identity import APPLICATION_ID
 from segment_durable.soundness import malformed
-from segment_durable.sqlite_errors import may
+from segment_durable.sqlite_errors import SQLITE_PROBLEMS, is_damage, may, storage_error
 
 __all__ = ["Reader"]
 
@@ -53,11 +53,11 @@ class Reader:
                     connection.execute("BEGIN")
                     self._check_identity(connection)
                     seen = look(connection)
-            except (sqlite3.Error, NotAnOutbox) as problem:
+            except (*SQLITE_PROBLEMS, NotAnOutbox) as problem:
                 spoilt = self._file_state() != before if idle else self._is_idle()
                 if spoilt and remaining:
                     continue
-                if isinstance(problem, sqlite3.Error):
+                if isinstance(problem, SQLITE_PROBLEMS):
                     raise self._unreadable(problem) from problem
                 raise
             if not idle or self._file_state() == before:
@@ -109,10 +109,11 @@ class Reader:
             if least is not None and int(least[0]) > SCHEMA_VERSION:
                 raise OutboxUnavailable(self._path, f"is of a newer segment_durable (schema {version}): use that one")
 
-    def _unreadable(self, problem: sqlite3.Error) -> OutboxUnavailable:
+    def _unreadable(self, problem: Exception) -> OutboxUnavailable:
         text = str(problem)
-        if text in ("file is not a database", "database disk image is malformed"):
-            return NotAnOutbox(self._path, f"is damaged or not an outbox ({text})")
+        if is_damage(storage_error(problem)):
+            reason = "there is text that is not UTF-8" if isinstance(problem, UnicodeError) else text
+            return NotAnOutbox(self._path, f"is damaged or not an outbox ({reason})")
         if text == "unable to open database file" and not may(os.W_OK, self.folder):
             text += "; with a WAL it needs the shared memory of a running process, or the right to write in the folder"
         return OutboxUnavailable(self._path, f"can't be read: {text}")

@@ -24,7 +24,7 @@ def fill(bench: Bench) -> Path:
 
 @pytest.mark.parametrize(("source", "place"), [*itertools.permutations(range(LEAVES), 2)], ids=str)
 def test_a_halving_comes_to_an_end(bench: Bench, source: int, place: int) -> None:
-    """What one look at the events finds another one may not: SQLite searches in another page, and sees nothing wrong."""
+    """What one look at the events finds another one may not: SQLite searches in other pages, and sees no damage."""
     bench.configure(upload_size=30)
     put_leaf(fill(bench), source, place)
     bench.reopen()

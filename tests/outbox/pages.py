@@ -26,7 +26,7 @@ def leaf_pages(path: Path) -> list[int]:
 
 
 def put_leaf(path: Path, source: int, place: int) -> None:
-    """Write one of the leaves also to the place of another: both are whole, and SQLite finds nothing wrong with them."""
+    """Write one of the leaves also to the place of another: both are whole, and SQLite finds no damage."""
     leaves = leaf_pages(path)
     at = (leaves[source] - 1) * PAGE
     overwrite(path, (leaves[place] - 1) * PAGE, path.read_bytes()[at : at + PAGE])

@@ -23,7 +23,7 @@ from segment_durable.quarantine import kept_sets
 from segment_durable.records import Lease
 from segment_durable.testing.clock import FakeClock
 
-from .pages import PAGE, leaf_pages, overwrite, put_leaf, swap_leaves
+from .pages import PAGE, leaf_pages, overwrite, swap_leaves
 from .workers import Worker
 
 PENDING, DEAD = 300, 7
