@@ -191,9 +191,9 @@ else:
 
     def shutdown(*args, **kwargs):
         """Flush, end the sender, close the files; see `Client.shutdown`."""
-        if default_client is None:
-            return _unopened is None  # what an outbox holds that can't be opened has not left
-        return default_client.shutdown(*args, **kwargs)
+        if default_client is None and write_key is None:
+            return True  # it was never set up
+        return _default_client().shutdown(*args, **kwargs)
 
     def stats():
         """The outbox as it is now; see `Client.stats`."""
@@ -220,6 +220,8 @@ class _Unloaded:
         if times:
             _get_log("client").error("no event is accepted or sent (%d calls so far): %s", times, self._problem)
         return False
+
+    shutdown = flush
 
     def stats(self) -> OutboxStats:
         raise self._problem

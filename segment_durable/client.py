@@ -251,11 +251,13 @@ class Client(_Settings):
         """
         timeout = _checked(timeout)
         engine = self._engine
-        if engine is None or engine.pid != getpid():
+        if engine is None:
             return self._was_flushed
         clock = engine.clock
         end = None if timeout is None else clock.boot() + timeout
         flushed = self._was_flushed = self._flush_all(timeout, start=False)
+        if self._engine is not None and self._engine.pid != getpid():
+            return flushed  # the parent's, from before a fork: nothing could be attached here
         engine, self._engine = self._engine, None
         if engine is not None:
             patience = 2 * self._config.timeout if end is None else max(0.0, end - clock.boot())

@@ -50,6 +50,8 @@ class Unopened:
             log.error("flush (%d times): %s", times, self._problem)
         return False
 
+    shutdown = flush
+
     def stats(self) -> OutboxStats:
         raise self._problem
 

@@ -82,5 +82,6 @@ def analytics(receiver: Receiver, tmp_path: Path) -> Iterator[ModuleType]:
     module.host = receiver.url
     module.outbox_dir = tmp_path / "outbox"
     yield module
-    module.shutdown(0)
+    if module.default_client is not None:
+        module.shutdown(0)
     importlib.reload(segment_durable)

@@ -203,6 +203,21 @@ def test_a_child_that_ends_at_once_leaves_its_events_to_the_parent(make_client: 
     assert receiver.wait_for(2, timeout=20)
 
 
+@pytest.mark.parametrize("timeout", [20, 0])
+def test_a_shutdown_in_a_child_that_has_tracked_nothing_says_whether_all_has_left(
+    make_client: MakeClient, receiver: Receiver, timeout: float
+) -> None:
+    client = make_client(upload_interval=3600)
+    client.track("parent", "e")
+
+    def work() -> None:
+        assert client.shutdown(timeout) is (timeout > 0)
+
+    assert ended_well(in_child(work))
+    assert len(receiver.unique) == (timeout > 0)
+    assert client.flush(20)
+
+
 @pytest.mark.parametrize("flushed", [True, False], ids=["flushed", "left to others"])
 def test_a_fork_of_a_fork(make_client: MakeClient, receiver: Receiver, flushed: bool) -> None:
     client = make_client()
@@ -375,7 +390,7 @@ def is_refused(client: Client, problems: list[Exception], caplog: pytest.LogCapt
     assert client.flush(5) is False
     with pytest.raises(OutboxUnavailable):
         client.stats()
-    assert client.shutdown(5) is True  # nothing of this process is in the outbox
+    assert client.shutdown(5) is False  # what is in there it can't tell
 
 
 def test_a_fork_waits_until_the_sender_has_left_its_transaction(

@@ -21,7 +21,7 @@ import segment_durable
 from segment_durable import client as client_module
 from segment_durable.config import DEFAULTS
 from segment_durable.errors import InvalidMessage, OutboxUnavailable
-from segment_durable.testing import Receiver
+from segment_durable.testing import Answer, Receiver
 
 HEAVY = ["jwt", "cryptography", "requests", "sqlite3", "orjson", "tenacity", "platformdirs", "urllib3", "dateutil"]
 
@@ -319,10 +319,23 @@ def test_flush_and_shutdown_take_a_timeout_and_tell_whether_all_has_left(analyti
     assert analytics.shutdown(timeout=10) is True
 
 
-def test_ending_what_never_began_makes_no_client(analytics: ModuleType) -> None:
+def test_ending_what_was_never_set_up_makes_no_client(analytics: ModuleType) -> None:
+    analytics.write_key = None
     analytics.join()
     assert analytics.shutdown() is True
     assert analytics.default_client is None
+
+
+def test_a_shutdown_as_the_first_call_delivers_what_an_earlier_run_has_left(
+    analytics: ModuleType, receiver: Receiver, tmp_path: Path
+) -> None:
+    with segment_durable.Client(analytics.write_key, outbox_dir=tmp_path / "outbox", deliver=False) as earlier:
+        earlier.track("u", "left")
+    receiver.script(Answer(401))
+    assert analytics.shutdown() is False
+    analytics.default_client = None
+    assert analytics.shutdown(20) is True
+    assert [event["event"] for event in receiver.unique] == ["left"]
 
 
 @pytest.mark.parametrize("name", ["flush", "stats", "track"])
