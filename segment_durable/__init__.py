@@ -191,7 +191,7 @@ else:
 
     def shutdown(*args, **kwargs):
         """Flush, end the sender, close the files; see `Client.shutdown`."""
-        if default_client is None and write_key is None:
+        if default_client is None and globals()["write_key"] is None:
             return True  # it was never set up
         return _default_client().shutdown(*args, **kwargs)
 

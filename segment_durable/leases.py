@@ -55,8 +55,8 @@ def shrink(connection: sqlite3.Connection, lease: Lease, through: int, last: int
 def take_over(connection: sqlite3.Connection, dead: Sequence[Any], first: int, last: int) -> list[int]:
     """Take the events `first` to `last` out of the dead leases; the attempts that were made for them.
 
-    What nobody takes now stays on record, for its attempts, under a token that nobody has: its holder may only be
-    frozen, and must not acknowledge any of it when it wakes.
+    What nobody takes now stays on record, for its attempts, under a token and a holder that nobody is: its own may only
+    be frozen, and must not acknowledge any of it when it wakes.
     """
     attempts = []
     for first_id, last_id, token, attempt, *_ in dead:
@@ -68,7 +68,7 @@ def take_over(connection: sqlite3.Connection, dead: Sequence[Any], first: int, l
                 connection.execute("DELETE FROM lease WHERE token = ?", (token,))
             else:
                 connection.execute(
-                    "UPDATE lease SET first_id = ?, token = ? WHERE token = ?",
+                    "UPDATE lease SET first_id = ?, token = ?, holder = 0 WHERE token = ?",
                     (last + 1, secrets.token_bytes(16), token),
                 )
     return attempts

@@ -350,9 +350,8 @@ class Outbox:
             if oldest is None or sound(oldest, (int,))[0] >= cutoff:
                 return []
         with self.db.write() as connection:
-            living, _ = self._sort_leases(connection, self._clock.boot())
             expired: list[Row] = []
-            for low, high in between(living, 0, MOST):
+            for low, high in between(self._on_their_way(connection), 0, MOST):
                 found = connection.execute(_SPAN, (low, high, limit - len(expired)))
                 rows = list(all_sound(found, (int, int, bytes)))
                 old = list(takewhile(lambda row: row[1] < cutoff, rows))
@@ -468,7 +467,7 @@ class Outbox:
         with self.db.read() as connection:
             if not are_books_sound(connection.execute(TOTALS).fetchone()):
                 raise malformed()
-            return read_stats(connection, self._clock, self.db.space.size_on_disk(), self._is_dead)
+            return read_stats(connection, self._clock, self.db.space.size_on_disk(), self._is_gone)
 
     # -- inside
 
@@ -508,9 +507,9 @@ class Outbox:
     def _erase(self, spans: Sequence[tuple[int, int]]) -> int:
         erased = highest = 0
         with self.db.write() as connection:
-            living, _ = self._sort_leases(connection, self._clock.boot())
+            taken = self._on_their_way(connection)
             for first, last in spans:
-                for low, high in between(living, first, last):
+                for low, high in between(taken, first, last):
                     (top,) = connection.execute(
                         "SELECT max(id) FROM event WHERE id BETWEEN ? AND ?", (low, high)
                     ).fetchone()
@@ -550,12 +549,21 @@ class Outbox:
         living: list[Any] = []
         dead: list[Any] = []
         for lease in read_leases(connection):
-            (dead if self._is_dead(lease, now) else living).append(lease)
+            (dead if now >= lease[-1] or self._is_gone(lease, now) else living).append(lease)
         return living, dead
 
-    def _is_dead(self, lease: Any, now: float) -> bool:
-        _, _, token, _, holder, _, boot_id, leased_at, deadline = lease
-        if boot_id != self._clock.boot_id() or now >= deadline:
+    def _on_their_way(self, connection: sqlite3.Connection) -> list[Any]:
+        """The leases whose holders live, also those that are over.
+
+        A frozen process may send what it had when it wakes, and a slow one when it has got its token or found the host.
+        """
+        now = self._clock.boot()
+        return [lease for lease in read_leases(connection) if not self._is_gone(lease, now)]
+
+    def _is_gone(self, lease: Any, now: float) -> bool:
+        """Whether the holder of the lease has ended."""
+        _, _, token, _, holder, _, boot_id, leased_at, _ = lease
+        if boot_id != self._clock.boot_id():
             return True
         if leased_at > now + 1:  # from an earlier start of a machine that has no boot id
             return True

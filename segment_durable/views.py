@@ -70,16 +70,16 @@ def read_backoff(connection: sqlite3.Connection, clock: Clock) -> Backoff:
 
 
 def read_stats(
-    connection: sqlite3.Connection, clock: Clock, size_on_disk: int, is_dead: Callable[[Any, float], bool]
+    connection: sqlite3.Connection, clock: Clock, size_on_disk: int, is_gone: Callable[[Any, float], bool]
 ) -> OutboxStats:
-    """Statistics from one open transaction; `is_dead` tells which leases don't count."""
+    """Statistics from one open transaction; `is_gone` tells of which leases the holders have ended."""
     last, first, delivered, buried, erased, expired, requeued, dead_erased, _ = sound(
         connection.execute(TOTALS).fetchone(), TOTALS_KINDS
     )
     now = clock.boot()
     leased = 0
     for lease in read_leases(connection):
-        if not is_dead(lease, now):
+        if not is_gone(lease, now):
             span = (lease[0], lease[1])
             leased += connection.execute("SELECT count(*) FROM event WHERE id BETWEEN ? AND ?", span).fetchone()[0]
     oldest = None

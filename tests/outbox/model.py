@@ -31,8 +31,13 @@ class Holding:
     sender: Sender
     life: int
 
+    @property
+    def has_holder(self) -> bool:
+        """Whether somebody may be sending what it covers, also after the deadline: who was frozen, or slow."""
+        return self.sender.life == self.life
+
     def is_alive(self, now: float) -> bool:
-        return self.sender.life == self.life and now < self.deadline
+        return self.has_holder and now < self.deadline
 
 
 @dataclass
@@ -140,8 +145,8 @@ class Model:
         holding.deadline = deadline
         return True
 
-    def expire(self, now: float, cutoff: int, limit: int) -> list[bytes]:
-        held = [each for each in self.leases if each.is_alive(now)]
+    def expire(self, cutoff: int, limit: int) -> list[bytes]:
+        held = [each for each in self.leases if each.has_holder]
         gone: list[bytes] = []
         for number, (event_id, (appended_at, body)) in enumerate(list(self.events.items())):
             is_held = any(one.first <= event_id <= one.last for one in held)
@@ -154,8 +159,8 @@ class Model:
         self._end_without_last()
         return gone
 
-    def erase(self, now: float, ids: Sequence[int] | None) -> int:
-        held = [each for each in self.leases if each.is_alive(now)]
+    def erase(self, ids: Sequence[int] | None) -> int:
+        held = [each for each in self.leases if each.has_holder]
         gone = [
             each
             for each in (list(self.events) if ids is None else dict.fromkeys(ids))
@@ -186,10 +191,8 @@ class Model:
 
     # -- what is there
 
-    def leased(self, now: float) -> int:
-        return sum(
-            1 for each in self.events for one in self.leases if one.is_alive(now) and one.first <= each <= one.last
-        )
+    def leased(self) -> int:
+        return sum(1 for each in self.events for one in self.leases if one.has_holder and one.first <= each <= one.last)
 
     def everything(self) -> list[bytes]:
         """Every event that is anywhere: what was accepted must be here once."""

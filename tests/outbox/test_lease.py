@@ -330,6 +330,7 @@ def test_an_ack_after_the_events_expired_counts_nothing_twice(outbox: Outbox, cl
     fill(outbox, 3)
     lease = take(outbox, seconds=60)
     clock.advance(60)
+    outbox.forget(lease.token)
     assert len(outbox.expire(clock.time(), 2)) == 2
     assert outbox.ack(lease, 3) == 1
     stats = outbox.stats()
@@ -536,13 +537,38 @@ def test_the_last_id_of_a_lease_is_that_of_an_event(outbox: Outbox, clock: FakeC
 
 
 @pytest.mark.parametrize("how", ["erase", "expire"])
+def test_what_a_frozen_process_has_stays_until_another_has_it_or_it_has_ended(
+    outbox: Outbox, worker: Worker, clock: FakeClock, how: str
+) -> None:
+    """It may have read it already, and sends it when it wakes."""
+    for number in range(1, 6):
+        outbox.put(b"%d" % number, 1)
+
+    def remove() -> int:
+        return outbox.erase() if how == "erase" else len(outbox.expire(clock.time() + 1))
+
+    assert isinstance(worker.call("lease", 3, 60), Lease)
+    worker.freeze()
+    clock.advance(61)
+    assert remove() == 2
+    assert outbox.stats().leased == 3
+    again = outbox.lease(2, 60)
+    assert isinstance(again, Lease)
+    assert (again.first, again.last) == (1, 2)
+    assert remove() == 1  # that one is nobody's by now
+    outbox.release(again)
+    worker.kill()
+    assert remove() == 2
+
+
+@pytest.mark.parametrize("how", ["erase", "expire"])
 def test_a_lease_whose_last_event_was_removed_meanwhile_is_lost(outbox: Outbox, clock: FakeClock, how: str) -> None:
-    """While its holder was frozen.  A lease without an event would look like damage."""
+    """Of which nobody knew any more.  A lease without an event would look like damage."""
     for number in range(1, 4):
         outbox.put(b"%d" % number, 1)
     lease = outbox.lease(3, 60)
     assert isinstance(lease, Lease)
-    clock.advance(61)
+    outbox.forget(lease.token)
     if how == "erase":
         assert outbox.erase([3]) == 1
     else:
