@@ -142,6 +142,8 @@ class Intake:
                     self.newest = done.lastrowid or 0
             finally:
                 lock.release()
+            if db.full:
+                lock.give_way()
             db.wal.wrote(len(parameters[2]))
             return accepted
         need_room(COMMITTING)
@@ -246,6 +248,8 @@ class Intake:
                 groups += 1
         finally:
             lock.release()
+        if self._db.full:
+            lock.give_way()
         if size:
             self._db.wal.wrote(size)
 

@@ -1,7 +1,8 @@
 """The lock file of an outbox: the writer lock, and a sign of life for each process.
 
-Byte 0 is the writer lock.  Each process that may hold leases locks one more byte, its slot, for as long as it lives;
-the kernel lets go of it however the process ends, so a locked slot means a living holder.
+Byte 0 is the writer lock, and byte 1 is locked by one of those who wait for it.  Each process that may hold leases locks
+one more byte, its slot, for as long as it lives; the kernel lets go of it however the process ends, so a locked slot
+means a living holder.
 
 POSIX record locks are used rather than flock: an flock lives on in a forked child of a dead holder.  They have a trap
 of their own: a process loses all of them when it closes any descriptor of the file.  So a process opens the file once,
@@ -28,7 +29,7 @@ __all__ = ["LOCK_NAME", "LockFile", "abandon_inherited"]
 
 LOCK_NAME = "outbox.lock"
 
-_WRITER = 0
+_WRITER, _WAITING = 0, 1
 _FIRST_SLOT, _LAST_SLOT = 1 << 10, 1 << 30
 
 # A waiting writer asks again after this long.  Asking keeps every wait bounded, which a blocking lock is not, and
@@ -299,14 +300,37 @@ class LockFile:
         _unlocker(self._fd, slot)()
         return False
 
+    def give_way(self) -> None:
+        """After the release of a lock that was held for long: let another process have it, if one waits.
+
+        Who held it would have it again before the others look, and where there is one processor for all of them, at
+        nearly every look.
+        """
+        if self._fd >= 0 and not self._lock_for_a_moment(_WAITING):
+            time.sleep(2 * _LONG_NAP)
+
+    def _lock_for_a_moment(self, byte: int) -> bool:
+        try:
+            return _try_lock(self._fd, byte)
+        finally:  # whatever a signal handler raises
+            with contextlib.suppress(OSError):  # Windows: it was not locked
+                _unlocker(self._fd, byte)()
+
     def _wait_for_writer(self, timeout: float) -> None:
         end = time.monotonic() + timeout
-        naps = 0
-        while not _try_lock(self._fd, _WRITER):
-            if time.monotonic() > end:
-                raise OutboxBusy(f"another process has been writing to the outbox for {timeout:g} s")
-            naps += 1
-            time.sleep(_SHORT_NAP if naps < _SHORT_NAPS else _LONG_NAP)
+        naps, is_marked = 0, False
+        try:
+            while not _try_lock(self._fd, _WRITER):
+                if time.monotonic() > end:
+                    raise OutboxBusy(f"another process has been writing to the outbox for {timeout:g} s")
+                naps += 1
+                if naps >= _SHORT_NAPS and not is_marked:
+                    is_marked = _try_lock(self._fd, _WAITING)
+                time.sleep(_SHORT_NAP if naps < _SHORT_NAPS else _LONG_NAP)
+        finally:
+            if naps >= _SHORT_NAPS:
+                with contextlib.suppress(OSError):
+                    _unlocker(self._fd, _WAITING)()
 
     def _take_slot(self) -> int:
         chance = random.SystemRandom()

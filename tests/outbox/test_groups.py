@@ -150,7 +150,6 @@ def test_a_thread_that_is_interrupted_while_it_waits_stands_in_nobodys_way(
     assert not full._intake._waiting
 
 
-@pytest.mark.timeout(60)
 def test_a_signal_handler_that_puts_at_any_place_of_a_leaders_turn_costs_no_thread_its_event(full: Outbox) -> None:
     at = 0
     while True:
