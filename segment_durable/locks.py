@@ -1,8 +1,8 @@
 """The lock file of an outbox: the writer lock, and a sign of life for each process.
 
-Byte 0 is the writer lock, and byte 1 is locked by one of those who wait for it.  Each process that may hold leases locks
-one more byte, its slot, for as long as it lives; the kernel lets go of it however the process ends, so a locked slot
-means a living holder.
+Byte 0 is the writer lock, and byte 1 is locked by one of those who wait for it.  Each process that may hold leases
+locks one more byte, its slot, for as long as it lives; the kernel lets go of it however the process ends, so a locked
+slot means a living holder.
 
 POSIX record locks are used rather than flock: an flock lives on in a forked child of a dead holder.  They have a trap
 of their own: a process loses all of them when it closes any descriptor of the file.  So a process opens the file once,
