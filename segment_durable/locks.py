@@ -121,6 +121,7 @@ class LockFile:
         self._has_file = False
         self._lock_file = _locker(fd, _WRITER)
         self._unlock_file = _unlocker(fd, _WRITER)
+        self._lock_waiting, self._unlock_waiting = _locker(fd, _WAITING), _unlocker(fd, _WAITING)
         # Which database the outbox is, as a number that grows with each that takes another's place: the length of the
         # file, because looking at that is the cheapest thing that all processes can do before a write.
         self.generation: Callable[[], int] = partial(os.lseek, fd, 0, os.SEEK_END)
@@ -306,15 +307,19 @@ class LockFile:
         Who held it would have it again before the others look, and where there is one processor for all of them, at
         nearly every look.
         """
-        if self._fd >= 0 and not self._lock_for_a_moment(_WAITING):
+        if self._fd >= 0 and self.is_waited_for():
             time.sleep(2 * _LONG_NAP)
 
-    def _lock_for_a_moment(self, byte: int) -> bool:
+    def is_waited_for(self) -> bool:
+        """Whether another process waits for the lock, and has done so for some time."""
         try:
-            return _try_lock(self._fd, byte)
-        finally:  # whatever a signal handler raises
-            with contextlib.suppress(OSError):  # Windows: it was not locked
-                _unlocker(self._fd, byte)()
+            try:
+                self._lock_waiting()
+            finally:  # whatever a signal handler raises
+                self._unlock_waiting()
+        except _TAKEN:
+            return True
+        return False
 
     def _wait_for_writer(self, timeout: float) -> None:
         end = time.monotonic() + timeout
@@ -329,8 +334,8 @@ class LockFile:
                 time.sleep(_SHORT_NAP if naps < _SHORT_NAPS else _LONG_NAP)
         finally:
             if naps >= _SHORT_NAPS:
-                with contextlib.suppress(OSError):
-                    _unlocker(self._fd, _WAITING)()
+                with contextlib.suppress(OSError):  # Windows: it was not locked
+                    self._unlock_waiting()
 
     def _take_slot(self) -> int:
         chance = random.SystemRandom()

@@ -149,7 +149,7 @@ def test_who_has_had_the_lock_for_long_lets_another_process_be_next(
     lock, naps = outbox.db.lock, list[float]()
     lock.acquire(1)
     worker.send("put", b"x", 1)
-    wait_until(lambda: not lock._lock_for_a_moment(1))
+    wait_until(lock.is_waited_for)
     monkeypatch.setattr("segment_durable.locks.time.sleep", naps.append)
     lock.give_way()
     assert naps == [0.002]
