@@ -32,7 +32,10 @@ class Reporter:
     """Where a delivery says what happened, always after the commit.  The base class says nothing."""
 
     def failed(self, error: Exception, bodies: Sequence[bytes]) -> None:
-        """The retry budget of these events is used up, or they expired.  `bodies`: joined JSON messages."""
+        """The retry budget of these events is used up, or they expired; in `sync_mode` that an attempt failed.
+
+        `bodies`: joined JSON messages.
+        """
 
     def delivered(self, events: bytes) -> None:
         """These events, joined by commas, were taken by the receiver and have left the outbox."""
@@ -106,6 +109,7 @@ class Delivery:
         self._next_expiry = 0.0
         self._through = 0  # the last event that was delivered here
         self._odd_answer = ""
+        self._is_logged = False  # that the retry budget is used up
 
     def step(self, *, hurry: bool = False, within: float | None = None) -> Step:
         """Do one thing.  Raises `OutboxError` if the outbox fails; the next step then takes up where this one was.
@@ -246,6 +250,7 @@ class Delivery:
             self._drop()
             return Step("lost")
         self._done_through(batch.last)
+        self._is_logged = False
         self._reporter.delivered(batch.events)
         # If others had delivered in between, there would be a gap, for ids are dense.
         is_next = batch.first == self._through + 1
@@ -309,11 +314,15 @@ class Delivery:
         before, after = self._outbox.fail(self._lease, failure.change)
         self._cuts = [last for _, last in self._work]
         self._drop()
-        if after.reported and not before.reported:
+        is_first = after.reported and not before.reported
+        # Logged once by each process: who has restarted it to mend that would take silence for success.
+        if is_first or (after.reported and not self._is_logged):
+            self._is_logged = True
             log.error("not delivered, the events stay in the outbox and are tried on: %s", failure.error)
-            self._reporter.failed(failure.error, [failure.events])
         else:
             log.info("not delivered, will be tried again: %s", failure.error)
+        if is_first or self._config.sync_mode:
+            self._reporter.failed(failure.error, [failure.events])
         wait = max(0.0, after.not_before - self._clock.boot())
         return self._waiting("failed", wait, after)
 

@@ -481,6 +481,36 @@ def test_starting_and_stopping_from_many_threads_at_once_loses_nothing(
 # -- sync_mode, deliver=False
 
 
+def test_in_sync_mode_on_error_is_told_of_each_attempt_that_failed(make_client: MakeClient, receiver: Receiver) -> None:
+    receiver.always(Answer(503))
+    told: list[tuple[Exception, list[str]]] = []
+    client = make_client(
+        sync_mode=True, on_error=lambda error, items: told.append((error, [each["event"] for each in items]))
+    )
+    for number in range(3):
+        assert client.track("u", str(number))[0]
+    assert [items for _, items in told] == [["0"]] * 3  # the same batch is tried again
+    assert {str(error) for error, _ in told} == {"[Segment] unknown: status 503 (503)"}
+
+
+def test_a_process_that_is_restarted_logs_that_the_receiver_still_refuses(
+    make_client: MakeClient, receiver: Receiver, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Though `on_error` is called once for it: silence would be taken for success."""
+    receiver.always(Answer(401))
+    told: list[Exception] = []
+    for _ in range(2):
+        caplog.clear()
+        client = make_client(on_error=lambda error, items: told.append(error), upload_interval=0)
+        client.track("u", "e")
+        assert not client.flush()
+        assert not client.flush()
+        (record,) = [each for each in caplog.records if each.levelno >= logging.WARNING]
+        assert record.getMessage().endswith("tried on: [Segment] unknown: status 401 (401)")
+        client.shutdown(0)
+    assert len(told) == 1
+
+
 def test_sync_mode_has_no_sender_and_keeps_what_fails(make_client: MakeClient, receiver: Receiver) -> None:
     errors: list[Exception] = []
     client = make_client(sync_mode=True, max_retries=0, on_error=lambda error, items: errors.append(error))
