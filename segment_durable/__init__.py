@@ -119,7 +119,7 @@ if TYPE_CHECKING:
     max_retries: int
     sync_mode: bool
     timeout: float
-    proxies: Mapping[str, str] | None
+    proxies: Mapping[str, str | None] | None
     thread: int
     upload_size: int
     upload_interval: float

@@ -63,7 +63,7 @@ class Client(_Settings):
         max_retries: int = DEFAULTS["max_retries"],
         sync_mode: bool = DEFAULTS["sync_mode"],
         timeout: float = DEFAULTS["timeout"],
-        proxies: Mapping[str, str] | None = None,
+        proxies: Mapping[str, str | None] | None = None,
         thread: int = DEFAULTS["thread"],
         upload_size: int = DEFAULTS["upload_size"],
         upload_interval: float = DEFAULTS["upload_interval"],

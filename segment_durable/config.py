@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
+from types import NoneType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -38,7 +39,7 @@ class Settings:
     max_retries: int = 10
     sync_mode: bool = False
     timeout: float = 15
-    proxies: Mapping[str, str] | None = field(default=None, repr=False)
+    proxies: Mapping[str, str | None] | None = field(default=None, repr=False)
     thread: int = 1
     upload_size: int = 100
     upload_interval: float = 0.5
@@ -132,6 +133,8 @@ class Config(Settings):
         key = self.write_key
         if not isinstance(key, str):
             raise ConfigError("write_key", f"must be a str, not {_kind(key)}: set it to your source's write key")
+        if not self.send:
+            return  # nobody sees it: on a developer's machine it may be empty
         if not key.strip() or not key.isascii() or not key.isprintable() or ":" in key:
             raise ConfigError(
                 "write_key", "must be your source's write key: plain ASCII, not empty, without a colon or a line break"
@@ -148,9 +151,9 @@ class Config(Settings):
         if self.proxies is None:
             return
         if not isinstance(self.proxies, Mapping) or not all(
-            isinstance(text, str) for pair in self.proxies.items() for text in pair
+            isinstance(scheme, str) and isinstance(url, (str, NoneType)) for scheme, url in self.proxies.items()
         ):
-            raise ConfigError("proxies", 'must map schemes to URLs, such as {"https": "http://proxy:3128"}')
+            raise ConfigError("proxies", 'must map schemes to URLs or None, such as {"https": "http://proxy:3128"}')
 
     def _check_oauth(self) -> None:
         if not isinstance(self.oauth_scope, str) or not self.oauth_scope:

@@ -241,8 +241,7 @@ def _convert(value: Any) -> tuple[Any, bool]:
     if isinstance(value, (str, UserString)):
         return "".join((value if isinstance(value, str) else value.data,)), False
     if isinstance(value, (Mapping, *_LISTS)) and not isinstance(value, (bytes, bytearray, memoryview, IOBase)):
-        names_kept = getattr(type(value), "_asdict", None)  # of a named tuple
-        return (value if names_kept is None else names_kept(value)), False
+        return value, False
     if isinstance(value, (datetime, date, time)):
         return _iso(value), False
     if isinstance(value, (UUID, PathLike)):

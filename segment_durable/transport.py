@@ -62,7 +62,7 @@ class RequestsTransport:
     Authorization header.
     """
 
-    def __init__(self, proxies: Mapping[str, str] | None = None) -> None:
+    def __init__(self, proxies: Mapping[str, str | None] | None = None) -> None:
         self._proxies = proxies
         self._adapter: HTTPAdapter | None = None
         self._routes: dict[str, _Route] = {}
@@ -115,7 +115,7 @@ class RequestsTransport:
         adapter = self._adapter = self._adapter or HTTPAdapter(pool_connections=2, pool_maxsize=1, max_retries=0)
         verify = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or True
         environment = {} if self._proxies == {} else get_environ_proxies(url)
-        proxies = {**environment, **(self._proxies or {})}
+        proxies: Any = {**environment, **(self._proxies or {})}
         request = requests.PreparedRequest()
         request.prepare(method="POST", url=url, headers={"Accept": "application/json"})
         pool: Any = adapter.get_connection_with_tls_context(request, verify, proxies=proxies)

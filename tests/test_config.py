@@ -164,7 +164,7 @@ WRONG: dict[str, list[Any]] = {
     **every(["timeout", "lease_seconds"], [None, 0, 0.0, -1, math.nan, "1", True, (1, 2)]),
     "max_age": [0, -1, math.nan, "1", True],
     **every(["on_error", "on_success", "before_send"], [1, "print", [], {}]),
-    "proxies": ["secret", 1, [], ["http", "secret"], {"http": None}, {1: "secret"}, {"http": b"secret"}],
+    "proxies": ["secret", 1, [], ["http", "secret"], {None: "secret"}, {1: "secret"}, {"http": b"secret"}],
     "log_handler": [1, "stderr", logging.Handler, logging.getLogger("x")],
     "synchronous": [None, 1, "", "OFF", "EXTRA", b"FULL"],
     "outbox_dir": [1, b"dir", ["dir"], "", " ", "a\0b"],
@@ -229,6 +229,7 @@ def test_a_path_of_bytes_is_refused() -> None:
         ("synchronous", "Normal", "NORMAL"),
         ("proxies", {}, {}),
         ("proxies", {"https": PROXY}, {"https": PROXY}),
+        ("proxies", {"https": None}, {"https": None}),
         ("max_total_backoff_duration", math.inf, 1e9),  # upstream takes it
         ("max_rate_limit_duration", 10**400, 1e9),
         ("timeout", math.inf, 1e9),
@@ -237,6 +238,13 @@ def test_a_path_of_bytes_is_refused() -> None:
 def test_a_sound_setting_is_kept(name: str, value: Any, kept: Any) -> None:
     assert getattr(config(**{name: value}), name) == kept
     assert type(getattr(config(**{name: value}), name)) is type(kept)
+
+
+def test_a_client_that_sends_nothing_needs_no_write_key() -> None:
+    """As it is where the variable is not set that has the key in production."""
+    assert Config(write_key="", send=False).write_key == ""
+    with pytest.raises(ConfigError, match="write_key must be a str, not NoneType"):
+        Config(write_key=None, send=False)
 
 
 def test_the_words_for_a_wrong_duration_are_upstreams() -> None:

@@ -367,12 +367,13 @@ def test_a_proxy_of_the_environment_is_used_unless_no_proxy_names_the_host(
     assert (len(proxy.requests), len(server.requests)) == (1, 1)
 
 
-def test_proxies_of_the_settings_replace_those_of_the_environment(
-    proxy: Server, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("settings", [{}, {"http": None}], ids=str)
+def test_the_settings_can_do_without_the_proxies_of_the_environment(
+    proxy: Server, monkeypatch: pytest.MonkeyPatch, settings: dict[str, str | None]
 ) -> None:
     monkeypatch.setenv("http_proxy", proxy.url)
     with Server(sends(OK)) as server:
-        transport = RequestsTransport({})
+        transport = RequestsTransport(settings)
         assert post(transport, server.url).status == 200
         transport.close()
     assert proxy.requests == []
