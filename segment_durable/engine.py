@@ -175,10 +175,13 @@ class Engine:
 
         Raises `OutboxError` if that fails: then this one is as it was, but for being closed to new events.
         """
-        self.closed = True
         moved = 0
-        if not self.outbox.db.is_same_as(successor.outbox.db):
-            moved = self.outbox.move_to(successor.outbox)
+        try:
+            if not self.outbox.db.is_same_as(successor.outbox.db):
+                # Not before all has been moved: an event that went straight to the successor would come before others.
+                moved = self.outbox.move_to(successor.outbox, self._close_to_events)
+        finally:
+            self._close_to_events()
         told = OutboxUnavailable(
             self.outbox.db.folder,
             "was deleted or renamed while it was in use, or a link in its path was changed: there is a new one, with "
@@ -189,6 +192,9 @@ class Engine:
         if self.sender.is_running:
             successor.sender.start()
         self.close(0.0)
+
+    def _close_to_events(self) -> None:
+        self.closed = True
 
     def complain(self, problem: ConfigError | OutboxError) -> None:
         """Tell, once in a while, of what keeps the outbox from being used."""

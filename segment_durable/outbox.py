@@ -81,6 +81,7 @@ class Outbox:
         self._clock = clock
         self.db = Database(folder, full=full)
         self._intake = Intake(self.db)
+        self._is_moving = False
         self._none_through = 0  # none of this process's events up to that id is known to wait
         if write_key is not None:
             try:
@@ -147,6 +148,8 @@ class Outbox:
         self, token: bytes, limit: int, seconds: float, batch: int, max_leases: int, hurry: bool
     ) -> Lease | NotNow:
         with self.db.write() as connection:
+            if self._is_moving:
+                return NotNow("leased", _BUSY_LOOK)
             now = self._clock.boot()
             count, low, high = connection.execute(AHEAD, (_NO_LIMIT, limit, 0, _NO_LIMIT)).fetchone()
             if low is None:
@@ -384,18 +387,27 @@ class Outbox:
             after = last
         return erased
 
-    def move_to(self, other: Outbox) -> int:
+    def move_to(self, other: Outbox, on_end: Callable[[], None]) -> int:
         """Append all events to another outbox and take no more; how many were moved.
 
         For when this one's path leads to other files.  In its books they count as erased, for another process may have
-        it open still, or find it elsewhere.  What is on its way may arrive twice.
+        it open still, or find it elsewhere.  What is on its way may arrive twice.  `on_end` is called when all was
+        moved, and just before nothing is taken any more.
         """
+        self._is_moving = True  # what others lease from here meanwhile would come before what was moved
+        try:
+            return self._move_to(other, on_end)
+        finally:
+            self._is_moving = False
+
+    def _move_to(self, other: Outbox, on_end: Callable[[], None]) -> int:
         moved = 0
         while True:
             with self.db.write() as connection:
                 query = "SELECT id, appended_at, body FROM event ORDER BY id LIMIT ?"
                 found = list(all_sound(connection.execute(query, (_MOVED_AT_ONCE,)), (int, int, bytes)))
                 if not found:
+                    on_end()
                     self.db.connections.retire()
                     return moved
                 for _, appended_at, body in found:

@@ -976,10 +976,10 @@ def test_what_can_be_moved_only_after_the_shutdown_leaves_no_engine_behind(
     told: list[Exception] = []
     move_to, has_space = Outbox.move_to, threading.Event()
 
-    def move(self: Outbox, other: Outbox) -> int:
+    def move(self: Outbox, other: Outbox, on_end: Callable[[], None]) -> int:
         if not has_space.is_set():
             raise StorageError("the outbox can't be used: database or disk is full", "SQLITE_FULL")
-        return move_to(self, other)
+        return move_to(self, other, on_end)
 
     monkeypatch.setattr(Outbox, "move_to", move)
     client = make_client(
@@ -1026,6 +1026,38 @@ def test_puts_while_an_outbox_that_was_moved_away_is_replaced_are_not_lost(
     with contextlib.closing(Outbox(tmp_path / "outbox", SystemClock())) as outbox:
         waiting = {json.loads(row.body)["event"] for row in outbox.rows(0, 1 << 60)}
     assert [name for mine in accepted for name in mine if name not in waiting] == []
+
+
+def test_an_outbox_that_was_moved_away_keeps_the_order_of_a_process(
+    make_client: MakeClient, receiver: Receiver, tmp_path: Path
+) -> None:
+    told: list[str] = []
+    client = make_client(
+        max_queue_size=0,
+        upload_size=20,
+        upload_interval=0.02,
+        on_error=lambda problem, _: told.append(str(problem).partition(": ")[2]),
+    )
+    receiver.always(Delay(0.01))
+    counts, end = [0, 0], threading.Event()
+
+    def work(mine: int) -> None:
+        while not end.wait(0.001):
+            counts[mine] += client.track("u", f"{mine}", {"number": counts[mine]})[0]
+
+    threads = [threading.Thread(target=work, args=(mine,)) for mine in range(len(counts))]
+    for thread in threads:
+        thread.start()
+    for number in range(1, 5):
+        (tmp_path / "outbox").rename(tmp_path / f"elsewhere-{number}")
+        wait_until(lambda number=number: sum("was deleted" in each for each in told) == number)  # type: ignore[misc]
+    end.set()
+    for thread in threads:
+        thread.join(30)
+    assert client.flush(60)
+    for mine, count in enumerate(counts):
+        arrived = [each["properties"]["number"] for each in receiver.unique if each["event"] == f"{mine}"]
+        assert arrived == [*range(count)]
 
 
 # -- settings and callbacks of several clients

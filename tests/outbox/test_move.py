@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from segment_durable.errors import OutboxError
 from segment_durable.outbox import Outbox
 from segment_durable.quarantine import kept_sets
-from segment_durable.records import Lease
+from segment_durable.records import Lease, NotNow
 from segment_durable.testing.clock import FakeClock
 
 from .common import bodies
@@ -29,12 +30,31 @@ def other(tmp_path: Path, clock: FakeClock) -> Iterator[Outbox]:
 def test_all_events_are_moved_in_order_with_their_times_and_no_more_are_taken(outbox: Outbox, other: Outbox) -> None:
     for number, body in enumerate(BODIES):
         assert outbox.put(body, 1_000 + number)
-    assert outbox.move_to(other) == len(BODIES)
+    assert outbox.move_to(other, lambda: None) == len(BODIES)
     assert bodies(other) == BODIES
     assert other.expire(1.5, limit=9_999) == BODIES[:500]
     assert other.stats().balanced
     with pytest.raises(OutboxError):
         outbox.put(b"late", 1)
+
+
+def test_nothing_is_leased_meanwhile(outbox: Outbox, other: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be delivered before what has been moved, and waits in the other one."""
+    for body in BODIES:
+        assert outbox.put(body, 1)
+    write, answers = outbox.db.write, list[object]()
+
+    def write_between() -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(outbox.db, "write", write)
+            answers.append(outbox.lease(10, 60))
+        return write()
+
+    monkeypatch.setattr(outbox.db, "write", write_between)
+    ended: list[list[bytes]] = []
+    assert outbox.move_to(other, lambda: ended.append(bodies(other))) == len(BODIES)
+    assert answers == [NotNow("leased", 0.5)] * 4
+    assert ended == [BODIES]
 
 
 @pytest.mark.parametrize("way", ["ack", "bury", "fail"])
@@ -47,7 +67,7 @@ def test_an_attempt_that_is_under_way_elsewhere_touches_nothing_that_comes_later
     worker = worker_factory()
     lease = worker.call("lease", 10, 60)
     assert isinstance(lease, Lease)
-    assert outbox.move_to(other) == 3
+    assert outbox.move_to(other, lambda: None) == 3
     later = BODIES[3:10]
     for body in later:
         assert worker.call("put", body, 1)
@@ -73,7 +93,7 @@ def test_the_outbox_is_sound_afterwards_also_if_later_events_had_left_before(
     assert isinstance(first, Lease)
     assert isinstance(second, Lease)
     assert outbox.ack(second, second.last) == 2
-    assert outbox.move_to(other) == 2
+    assert outbox.move_to(other, lambda: None) == 2
     worker = worker_factory()
     assert worker.call("pending") == 0
     assert worker.call("stats").balanced
