@@ -1173,3 +1173,10 @@ def test_a_command_whose_stdout_is_closed_does_its_work(tmp_path: Path, name: st
     command = shlex.join([sys.executable, "-c", program, name, str(tmp_path / "outbox")])
     done = subprocess.run(["sh", "-c", f"{command} >&-"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, said)
+
+
+def test_what_belongs_on_a_closed_stderr_does_not_come_out_of_stdout(tmp_path: Path) -> None:
+    program = "import sys; from segment_durable.cli import main; sys.exit(main())"
+    command = shlex.join([sys.executable, "-c", program, "status", str(tmp_path / "nowhere")])
+    done = subprocess.run(["sh", "-c", f"{command} 2>&-"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")

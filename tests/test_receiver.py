@@ -625,7 +625,16 @@ def test_an_answer_is_sent_as_given(receiver: Receiver) -> None:
     status, content, headers = post(receiver)
     assert (status, content, headers["Content-Length"]) == (204, b"", None)
     assert post(receiver)[:2] == (502, b"\xff")
-    assert receiver.events == []
+    assert [batch.taken for batch in receiver.batches] == [False, True, False, True, False]
+
+
+@pytest.mark.parametrize(("status", "taken"), [(200, False), (503, True)])
+def test_whether_the_events_were_taken_may_be_another_thing_than_the_status(
+    receiver: Receiver, status: int, taken: bool
+) -> None:
+    receiver.script(Answer(status, taken=taken))
+    assert post(receiver)[0] == status
+    assert len(receiver.events) == taken
 
 
 def test_an_answer_can_close_the_connection(receiver: Receiver) -> None:
@@ -819,7 +828,7 @@ def test_stop_ends_idle_connections_and_hangs_and_its_threads() -> None:
             assert read_to_end(connection) == b""
         with contextlib.suppress(ConnectionResetError):
             assert read_to_end(half) == b""
-    assert receiver.events == []
+    assert len(receiver.events) == 1
     assert len(receiver.requests) == 3
 
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from segment_durable.cli import changes, inspection
 from segment_durable.cli.arguments import PROGRAM, CommandParser, Program, UsageError
-from segment_durable.cli.format import harmless
+from segment_durable.cli.format import harmless, tell
 from segment_durable.clock import SystemClock
 from segment_durable.errors import SegmentDurableError
 from segment_durable.version import VERSION
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except (SegmentDurableError, UsageError, sqlite3.Error, OSError) as problem:
-        print(f"{PROGRAM}: {harmless(_one_line(problem))}", file=sys.stderr)
+        tell(f"{PROGRAM}: {harmless(_one_line(problem))}")
         return 2
     return code
 

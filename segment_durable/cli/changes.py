@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 from segment_durable.cli.arguments import add_outbox_options, locate, whole_number
 from segment_durable.cli.events import find_id
-from segment_durable.cli.format import say
+from segment_durable.cli.format import say, tell
 from segment_durable.cli.reading import Reader
 from segment_durable.clock import Clock
 from segment_durable.outbox import Outbox
@@ -48,10 +47,7 @@ def erase(args: argparse.Namespace, clock: Clock) -> int:
             stats = outbox.stats()
             there = stats.dead if args.state == "dead" else stats.pending
             which = "" if args.ids is None else f", of which {_named(args, clock)} by --id"
-            print(
-                f"nothing was removed: {_events(there)} {args.state}{which}; to remove them for good add --yes",
-                file=sys.stderr,
-            )
+            tell(f"nothing was removed: {_events(there)} {args.state}{which}; to remove them for good add --yes")
             return 1
         erased = outbox.erase_dead(args.ids) if args.state == "dead" else outbox.erase(args.ids)
         left = outbox.stats().leased if args.state == "pending" else 0
@@ -75,7 +71,7 @@ def _outbox(args: argparse.Namespace, clock: Clock) -> Iterator[Outbox]:
     try:
         yield outbox
     except KeyboardInterrupt:
-        print("interrupted: what was done up to now stays done, see `segment-durable status`", file=sys.stderr)
+        tell("interrupted: what was done up to now stays done, see `segment-durable status`")
         raise
     finally:
         outbox.close()
@@ -94,5 +90,5 @@ def _events(count: int) -> str:
 def _is_short(args: argparse.Namespace, done: int) -> int:
     if args.ids is None or done == len(set(args.ids)):
         return 0
-    print("not all of these ids are there in that state, or some are on their way now", file=sys.stderr)
+    tell("not all of these ids are there in that state, or some are on their way now")
     return 1

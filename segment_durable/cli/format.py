@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 from segment_durable.clock import utc_timestamp
 
-__all__ = ["age", "bytes_text", "harmless", "json_line", "json_pages", "moment", "say"]
+__all__ = ["age", "bytes_text", "harmless", "json_line", "json_pages", "moment", "say", "tell"]
 
 
 def say(line: str) -> None:
@@ -16,6 +17,12 @@ def say(line: str) -> None:
         print(line)
     except UnicodeEncodeError:  # nothing was written: the text layer encodes a whole string before it keeps any of it
         print("".join(each if each.isascii() else _escape(each) for each in line))
+
+
+def tell(line: str) -> None:
+    """Print one line to stderr; nowhere if that is closed, for `print` would take stdout then."""
+    if sys.stderr is not None:
+        print(line, file=sys.stderr)
 
 
 def harmless(text: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from segment_durable.cli.arguments import add_outbox_options, locate, whole_number
 from segment_durable.cli.damaged import damaged_lines, damaged_report, read_damaged
 from segment_durable.cli.events import STATES, Event, LeaseSeen, find_id, find_message, read_leases, scan
-from segment_durable.cli.format import age, bytes_text, harmless, json_line, json_pages, moment, say
+from segment_durable.cli.format import age, bytes_text, harmless, json_line, json_pages, moment, say, tell
 from segment_durable.cli.reading import Reader
 from segment_durable.clock import Clock
 from segment_durable.records import DamagedSet, OutboxStats
@@ -97,7 +97,7 @@ def list_events(args: argparse.Namespace, clock: Clock) -> int:
     if following is not None:
         if sys.stdout is not None:
             sys.stdout.flush()
-        print(f"there are more: --from {following.id}", file=sys.stderr)
+        tell(f"there are more: --from {following.id}")
     return 0
 
 
@@ -112,7 +112,7 @@ def show(args: argparse.Namespace, clock: Clock) -> int:
     if event is None:
         event = find_message(reader, clock, args.event)
     if event is None:
-        print(f"{harmless(args.event)}: it has left the outbox, or never was in it", file=sys.stderr)
+        tell(f"{harmless(args.event)}: it has left the outbox, or never was in it")
         return 1
     if args.json:
         say(json_line(_whole(event)))

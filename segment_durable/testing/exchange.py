@@ -52,10 +52,10 @@ class Exchange:
             fault = self._refusal(fault) or Honest()
         if isinstance(fault, Honest):
             answer = self.decide()
-            self._settle(answer.status, taken=answer.taken)
+            self._settle(answer.status, taken=bool(answer.taken))
             return answer
         wanted = fault.after if isinstance(fault, Drop) else fault.taken
-        self._settle(fault.status if isinstance(fault, Answer) else None, taken=wanted and self.decide().taken)
+        self._settle(fault.status if isinstance(fault, Answer) else None, taken=bool(wanted and self.decide().taken))
         if isinstance(fault, Hang):
             self.inbox.pause(self._releases, fault.seconds, closing)
         return fault

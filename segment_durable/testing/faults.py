@@ -31,12 +31,14 @@ class Answer:
     """Sent as they are; they replace those which the receiver would send by itself, `Content-Length` included."""
     body: object = b""
     """Bytes and text are sent as they are (`text/plain`), None as an empty body, all else as `application/json`."""
-    taken: bool = False
-    """True: the events count as received although the answer may be an error."""
+    taken: bool | None = None
+    """Whether the events count as received, whatever the answer says. None: if the status is from 200 to 299."""
 
     def __post_init__(self) -> None:
         if not 200 <= self.status <= 999:
             raise ValueError(f"status must be from 200 to 999, not {self.status}")
+        if self.taken is None:
+            object.__setattr__(self, "taken", self.status < 300)
         for name, value in self.headers.items():
             if any(character in f"{name}{value}" for character in "\r\n"):
                 raise ValueError(f"the header {name!r} must be one line")
