@@ -988,8 +988,10 @@ def test_what_can_be_moved_only_after_the_shutdown_leaves_no_engine_behind(
         on_error=lambda problem, _: told.append(problem),
     )
     assert client.track("u", "e")[0]
+    engine = client._live()
     switch()
     wait_until(lambda: bool(told))
+    assert engine.closed, "new events go where the path leads"
     client.shutdown(0)
     has_space.set()
     wait_until(lambda: any(isinstance(each, OutboxUnavailable) for each in told))
@@ -1026,6 +1028,26 @@ def test_puts_while_an_outbox_that_was_moved_away_is_replaced_are_not_lost(
     with contextlib.closing(Outbox(tmp_path / "outbox", SystemClock())) as outbox:
         waiting = {json.loads(row.body)["event"] for row in outbox.rows(0, 1 << 60)}
     assert [name for mine in accepted for name in mine if name not in waiting] == []
+
+
+def test_an_engine_is_closed_before_its_files_take_no_more(
+    make_client: MakeClient, tmp_path: Path, switch: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call that came just then would be refused."""
+    client = make_client(deliver=False, outbox_dir=tmp_path / "current" / "outbox")
+    engine = client._live()
+    connections, closed = engine.outbox.db.connections, list[bool]()
+    retire = connections.retire
+
+    def retire_it() -> None:
+        closed.append(engine.closed)
+        retire()
+
+    monkeypatch.setattr(connections, "retire", retire_it)
+    switch()
+    assert client.track("u", "e")[0]
+    wait_until(lambda: bool(closed))
+    assert closed == [True]
 
 
 def test_an_outbox_that_was_moved_away_keeps_the_order_of_a_process(

@@ -391,6 +391,9 @@ def is_refused(client: Client, problems: list[Exception], caplog: pytest.LogCapt
     with pytest.raises(OutboxUnavailable):
         client.stats()
     assert client.shutdown(5) is False  # what is in there it can't tell
+    # The parent's it must not end: that would close the connections that it has inherited.
+    assert client._engine is not None
+    assert not client._engine.closed
 
 
 def test_a_fork_waits_until_the_sender_has_left_its_transaction(

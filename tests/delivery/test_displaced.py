@@ -22,10 +22,11 @@ def fill(bench: Bench) -> Path:
     return path
 
 
+@pytest.mark.parametrize("size", [30, 600], ids=["joined by SQLite", "packed"])
 @pytest.mark.parametrize(("source", "place"), [*itertools.permutations(range(LEAVES), 2)], ids=str)
-def test_a_halving_comes_to_an_end(bench: Bench, source: int, place: int) -> None:
+def test_a_halving_comes_to_an_end(bench: Bench, source: int, place: int, size: int) -> None:
     """What one look at the events finds another one may not: SQLite searches in other pages, and sees no damage."""
-    bench.configure(upload_size=30)
+    bench.configure(upload_size=size)
     put_leaf(fill(bench), source, place)
     bench.reopen()
     sender = bench.sender(lambda post: 400 if any(number % 13 == 3 for number in numbers_of(post)) else 200)

@@ -363,6 +363,20 @@ def test_a_flush_with_time_left_waits_for_a_rate_limit_though_the_budget_is_used
     assert len(receiver.requests) == 3
 
 
+def test_a_flush_with_much_time_does_not_wait_for_another_attempt_either(
+    make_client: MakeClient, receiver: Receiver
+) -> None:
+    """After one that failed and has used up the budget; its wait of a minute at most would be over in time."""
+    receiver.always(Answer(404))
+    client = make_client()
+    client.track("u", "e")
+    flushed: list[bool] = []
+    thread = threading.Thread(target=lambda: flushed.append(client.flush(90)), daemon=True)
+    thread.start()
+    thread.join(20)
+    assert flushed == [False]
+
+
 @pytest.mark.parametrize("timeout", [None, 20])
 def test_a_flush_waits_for_a_rate_limit_after_failures_that_have_used_up_their_own_budget(
     make_client: MakeClient, receiver: Receiver, timeout: float | None

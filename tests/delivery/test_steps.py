@@ -370,6 +370,26 @@ def test_a_release_that_never_succeeds_leaves_a_lease_that_dies_with_its_holder(
 # -- the budget and its report
 
 
+def test_each_sender_logs_once_in_each_outage_that_the_budget_is_used_up(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    def told() -> int:
+        found = sum(each.levelname == "ERROR" for each in caplog.records)
+        caplog.clear()
+        return found
+
+    bench.put(2)
+    one, other = bench.sender([401, 401, 200, 401]), bench.sender([401, 401, 401])
+    for sender, times in ((one, 1), (one, 0), (other, 1), (other, 0)):
+        assert sender.step(hurry=True).exhausted
+        assert told() == times
+    assert one.step(hurry=True).kind == "delivered"
+    bench.put(2)
+    for sender, times in ((other, 1), (one, 1)):
+        assert sender.step(hurry=True).exhausted
+        assert told() == times
+
+
 def test_a_used_up_budget_is_reported_once_and_the_events_are_tried_on(bench: Bench) -> None:
     bench.configure(max_retries=3)
     put = bench.put(2)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from segment_durable.errors import OutboxError
+from segment_durable.errors import OutboxError, StorageError
 from segment_durable.outbox import Outbox
 from segment_durable.quarantine import kept_sets
 from segment_durable.records import Lease, NotNow
@@ -55,6 +55,16 @@ def test_nothing_is_leased_meanwhile(outbox: Outbox, other: Outbox, monkeypatch:
     assert outbox.move_to(other, lambda: ended.append(bodies(other))) == len(BODIES)
     assert answers == [NotNow("leased", 0.5)] * 4
     assert ended == [BODIES]
+
+
+def test_what_could_not_be_moved_is_leased_again(
+    outbox: Outbox, other: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outbox.put(b"1", 1)
+    monkeypatch.setattr(other, "put", lambda body, appended_at: False)
+    with pytest.raises(StorageError, match="takes no events"):
+        outbox.move_to(other, lambda: None)
+    assert isinstance(outbox.lease(10, 60), Lease)
 
 
 @pytest.mark.parametrize("way", ["ack", "bury", "fail"])
