@@ -23,7 +23,7 @@ from segment_durable.quarantine import kept_sets
 from segment_durable.records import Lease
 from segment_durable.testing.clock import FakeClock
 
-from .pages import PAGE, leaf_pages, overwrite, swap_leaves
+from .pages import PAGE, leaf_pages, overwrite, put_leaf, swap_leaves
 from .workers import Worker
 
 PENDING, DEAD = 300, 7
@@ -754,6 +754,18 @@ def test_leaves_that_changed_places_hold_delivery_up_for_a_moment_at_most(
     assert outbox.pending() == 0
     assert outbox.put(b'{"messageId":"new"}', 1)
     assert delivered_bodies(outbox) == [b'{"messageId":"new"}']
+
+
+@pytest.mark.parametrize("places", [(1, 5), (5, 1), (0, -2)], ids=str)
+def test_events_are_read_once_and_in_order_where_a_leaf_is_in_two_places(
+    outbox_factory: MakeOutbox, folder: Path, places: tuple[int, int]
+) -> None:
+    """An acknowledgement of the last of them would delete what was never sent."""
+    fill(folder)
+    put_leaf(folder / "outbox.db", *places)
+    ids = [row.id for row in outbox_factory().rows(0, 1 << 60)]
+    assert ids == sorted(set(ids))
+    assert kept_sets(folder)
 
 
 @pytest.mark.parametrize("limit", [0, PENDING + 100])
