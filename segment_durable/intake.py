@@ -8,6 +8,7 @@ from collections import deque
 from threading import Lock, get_ident
 
 from segment_durable.connections import WRITE_TIMEOUT
+from segment_durable.courtesy import Courtesy
 from segment_durable.db import Database
 from segment_durable.errors import OutboxBusy, OutboxError, StorageError
 from segment_durable.sqlite_errors import SQLITE_PROBLEMS
@@ -113,6 +114,7 @@ class Intake:
         self._done: deque[_Put] = deque()  # whose threads are to be woken, one by the other
         self._committing = False
         self._leader: int | None = None  # the thread that commits for all, with `full`
+        self._courtesy = Courtesy(database)
         self.newest = 0  # the id of the event that was last appended here; 0: none was
 
     def put(self, body: bytes, appended_at: int, max_pending: int = 0) -> bool:
@@ -140,9 +142,10 @@ class Intake:
                 accepted = done.rowcount == 1
                 if accepted:
                     self.newest = done.lastrowid or 0
+                gives_way = db.full and self._courtesy.is_due()
             finally:
                 lock.release()
-            if db.full:
+            if gives_way:
                 lock.give_way()
             db.wal.wrote(len(parameters[2]))
             return accepted
@@ -246,9 +249,10 @@ class Intake:
             ):
                 size += self._put_group()
                 groups += 1
+            gives_way = self._db.full and self._courtesy.is_due()
         finally:
             lock.release()
-        if self._db.full:
+        if gives_way:
             lock.give_way()
         if size:
             self._db.wal.wrote(size)

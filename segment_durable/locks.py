@@ -301,17 +301,8 @@ class LockFile:
         _unlocker(self._fd, slot)()
         return False
 
-    def give_way(self) -> None:
-        """After the release of a lock that was held for long: let another process have it, if one waits.
-
-        Who held it would have it again before the others look, and where there is one processor for all of them, at
-        nearly every look.
-        """
-        if self._fd >= 0 and self.is_waited_for():
-            time.sleep(2 * _LONG_NAP)
-
     def is_waited_for(self) -> bool:
-        """Whether another process waits for the lock, and has done so for some time."""
+        """Whether another process waits for the lock, and has done so for some time; to be asked by who has it."""
         try:
             try:
                 self._lock_waiting()
@@ -319,7 +310,18 @@ class LockFile:
                 self._unlock_waiting()
         except _TAKEN:
             return True
+        except OSError as problem:
+            if problem.errno is None:  # a signal handler's TimeoutError
+                raise
         return False
+
+    def give_way(self) -> None:
+        """After the release, if another process waits: let it have the lock.
+
+        Who has held it for long would have it again before the others look, and where there is one processor for all
+        of them, at nearly every look.
+        """
+        time.sleep(2 * _LONG_NAP)
 
     def _wait_for_writer(self, timeout: float) -> None:
         end = time.monotonic() + timeout
@@ -334,8 +336,11 @@ class LockFile:
                 time.sleep(_SHORT_NAP if naps < _SHORT_NAPS else _LONG_NAP)
         finally:
             if naps >= _SHORT_NAPS:
-                with contextlib.suppress(OSError):  # Windows: it was not locked
+                try:  # nothing before it that a signal handler could end
                     self._unlock_waiting()
+                except OSError as problem:
+                    if problem.errno is None:
+                        raise
 
     def _take_slot(self) -> int:
         chance = random.SystemRandom()

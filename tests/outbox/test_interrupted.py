@@ -29,7 +29,7 @@ import fcntl, os, sys
 for path in sys.stdin:
     fd = os.open(path.rstrip("\\n"), os.O_RDWR)
     try:
-        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 0)
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 2, 0)  # and the mark of who waits for it
         print("free", flush=True)
     except OSError:
         print("locked", flush=True)

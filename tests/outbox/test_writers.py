@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -142,21 +143,47 @@ def test_a_thread_that_gives_up_waiting_stands_in_nobodys_way(outbox: Outbox, mo
     outbox.db.lock.release()
 
 
-def test_who_has_had_the_lock_for_long_lets_another_process_be_next(
+def test_who_waits_for_the_lock_is_given_way_to_for_as_long_as_it_comes(
     outbox: Outbox, worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On one processor for both it would have it again at each look of the other."""
-    lock, naps = outbox.db.lock, list[float]()
+    """On one processor for both the other would find it taken at each look; but it may be frozen just then."""
+    lock, courtesy, now = outbox.db.lock, outbox._intake._courtesy, [100.0]
+    monkeypatch.setattr("segment_durable.courtesy.time", SimpleNamespace(monotonic=lambda: now[0]))
     lock.acquire(1)
+    assert not courtesy.is_due()
     worker.send("put", b"x", 1)
     wait_until(lock.is_waited_for)
-    monkeypatch.setattr("segment_durable.locks.time.sleep", naps.append)
-    lock.give_way()
-    assert naps == [0.002]
+    assert [courtesy.is_due() for _ in range(4)] == [True, True, True, False]
+    pauses = []
+    for _ in range(8):
+        begun = now[0]
+        while not courtesy.is_due():
+            now[0] += 0.05
+        pauses.append(now[0] - begun)
+    assert pauses == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0], abs=0.06)
     lock.release()
     assert worker.receive() is True
-    lock.give_way()
-    assert naps == [0.002], "nobody waits any more"
+    lock.acquire(1)
+    assert not courtesy.is_due()
+    worker.send("put", b"x", 1)
+    wait_until(lock.is_waited_for)
+    assert [courtesy.is_due() for _ in range(4)] == [True, True, True, False], "from the beginning"
+    lock.release()
+    assert worker.receive() is True
+
+
+def test_who_comes_is_given_way_to_again(outbox: Outbox, worker_factory: Callable[..., Worker]) -> None:
+    """One of several: the next of them is waiting by then."""
+    lock, courtesy = outbox.db.lock, outbox._intake._courtesy
+    first, *others = (worker_factory() for _ in range(4))
+    for each in others:
+        first.call("put", b"x", 1)
+        lock.acquire(1)
+        each.send("put", b"x", 1)
+        wait_until(lock.is_waited_for)
+        assert courtesy.is_due()
+        lock.release()
+        assert each.receive() is True
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -165,6 +192,7 @@ def test_way_is_given_after_each_turn_that_waited_for_the_disk(
 ) -> None:
     outbox = outbox_factory(full=full)
     lock, given = outbox.db.lock, list[bool]()
+    monkeypatch.setattr(outbox._intake._courtesy, "is_due", lambda: True)
     monkeypatch.setattr(lock, "give_way", lambda: given.append(lock._has_file))
     outbox.put(b"1", 1)
     assert given == [False] * full
