@@ -18,6 +18,7 @@ from segment_durable.outbox import Outbox
 from segment_durable.records import Backoff, Lease
 
 from .common import Interruption, becomes, bodies, in_its_own_thread
+from .workers import Worker
 
 
 class TimeLimit(TimeoutError):
@@ -127,6 +128,37 @@ def check_that_nothing_is_taken(outbox: Outbox, probe: Probe, where: str) -> Non
     thread.start()
     thread.join(30)
     assert answers == [True], where
+
+
+@pytest.mark.timeout(120)
+@in_its_own_thread
+def test_an_exception_from_a_signal_handler_while_another_process_writes_leaves_nothing_taken(
+    outbox: Outbox, worker: Worker, probe: Probe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor the mark that this one waits."""
+    naps = 0
+
+    def nap(_: float) -> None:
+        nonlocal naps
+        naps += 1
+        if naps == 43:  # that it waits is marked at the fortieth
+            worker.call("release_writer_lock")
+
+    monkeypatch.setattr("segment_durable.locks.time.sleep", nap)
+    places = 0
+    while True:
+        naps = 0
+        worker.call("hold_writer_lock")
+        within = ("contextlib",)
+        with contextlib.suppress(TimeLimit), Interruption(places, strike, checked=True, within=within) as interruption:
+            outbox.put(b"x", 1)
+        if naps < 43:
+            worker.call("release_writer_lock")
+        if not interruption.happened:
+            break
+        check_that_nothing_is_taken(outbox, probe, f"at place {places}")
+        places += 1
+    assert places > 100
 
 
 @pytest.mark.timeout(120)
