@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from bisect import bisect_left
 from collections import deque
+from collections.abc import Sequence
 from threading import Lock, get_ident
 
 from segment_durable.connections import WRITE_TIMEOUT
@@ -133,6 +134,20 @@ class Intake:
                 self._db.connections.unwind()
             self._pass_on()  # wherever it was ended: nobody else would wake those who wait
             raise
+
+    def put_all(self, events: Sequence[tuple[int, bytes]]) -> None:
+        """Append these, of which each is the time and the body, in one transaction and whatever their number."""
+        lock = self._db.lock
+        lock.acquire(WRITE_TIMEOUT)
+        try:
+            self._db.space.check()
+            with self._db.write() as connection:
+                for appended_at, body in events:
+                    if connection.execute(_PUT, (_NO_LIMIT, appended_at, body)).rowcount != 1:
+                        raise StorageError("the outbox takes no events")
+        finally:
+            lock.release()
+        self._db.wal.wrote(sum(len(body) for _, body in events))
 
     def _append(self, parameters: tuple[int, int, bytes]) -> bool:
         db, lock = self._db, self._db.lock

@@ -57,7 +57,7 @@ __all__ = ["Outbox", "other_source"]
 _NO_LIMIT = 1 << 62
 _SPAN = "SELECT id, appended_at, body FROM event WHERE id BETWEEN ? AND ? ORDER BY id LIMIT ?"
 _ERASED_AT_ONCE = 5_000  # events in one transaction
-_MOVED_AT_ONCE = 500  # events
+_MOVED_AT_ONCE, _MOVED_BYTES = 500, 1 << 20  # events, and after how many bytes of them no more
 _DEAD_AT_ONCE = 100  # dead letters, of up to 32 KiB each, in one transaction
 _BUSY_LOOK = 0.5  # seconds after which a sender looks again at leases of others
 
@@ -109,6 +109,11 @@ class Outbox:
     def put(self, body: bytes, appended_at: int, max_pending: int = 0) -> bool:
         """Append one event; see `Intake.put`."""
         return self._intake.put(body, appended_at, max_pending) or self._put_after_all(body, appended_at, max_pending)
+
+    @whole
+    def put_all(self, events: Sequence[tuple[int, bytes]]) -> None:
+        """Append events that another outbox had taken; see `Intake.put_all`."""
+        self._intake.put_all(events)
 
     # -- out
 
@@ -405,14 +410,19 @@ class Outbox:
         while True:
             with self.db.write() as connection:
                 query = "SELECT id, appended_at, body FROM event ORDER BY id LIMIT ?"
-                found = list(all_sound(connection.execute(query, (_MOVED_AT_ONCE,)), (int, int, bytes)))
+                rows = connection.execute(query, (_MOVED_AT_ONCE,))
+                found, size = [], 0
+                for row in all_sound(rows, (int, int, bytes)):
+                    found.append(row)
+                    size += len(row[2])
+                    if size > _MOVED_BYTES:
+                        break
+                rows.close()
                 if not found:
                     on_end()
                     self.db.connections.retire()
                     return moved
-                for _, appended_at, body in found:
-                    if not other.put(body, appended_at):
-                        raise StorageError("the outbox that is in the place of this one takes no events")
+                other.put_all([(appended_at, body) for _, appended_at, body in found])
                 connection.execute("DELETE FROM event WHERE id <= ?", (found[-1][0],))
                 end_without_last(connection)
                 count(connection, "erased = erased + ?, last_id = max(last_id, ?)", (len(found), found[-1][0]))

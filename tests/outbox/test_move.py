@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from segment_durable.admission import disk_full
 from segment_durable.errors import OutboxError, StorageError
 from segment_durable.outbox import Outbox
 from segment_durable.quarantine import kept_sets
@@ -61,8 +62,12 @@ def test_what_could_not_be_moved_is_leased_again(
     outbox: Outbox, other: Outbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     outbox.put(b"1", 1)
-    monkeypatch.setattr(other, "put", lambda body, appended_at: False)
-    with pytest.raises(StorageError, match="takes no events"):
+
+    def refuse() -> None:
+        raise disk_full()
+
+    monkeypatch.setattr(other.db.space, "check", refuse)
+    with pytest.raises(StorageError, match="the disk is full"):
         outbox.move_to(other, lambda: None)
     assert isinstance(outbox.lease(10, 60), Lease)
 
