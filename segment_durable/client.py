@@ -223,8 +223,10 @@ class Client(_Settings):
                     timeout = max(0.0, end - now)
                 generation = engine.outbox.generation
                 flushed = self._flush(engine, timeout)
-                # That outbox may be empty because all was moved, and one that has taken a damaged one's place may have
-                # given some events other ids.
+                # That outbox may be empty because all was moved, or is just being moved; and one that has taken a
+                # damaged one's place may have given some events other ids.
+                if flushed and engine.successor is not None and not engine.wait_until_closed(end):
+                    return False
                 if flushed and (engine.successor is not None or engine.outbox.generation != generation):
                     continue
                 return flushed
@@ -299,7 +301,7 @@ class Client(_Settings):
             return engine.sender.flush(timeout)
         target = engine.outbox.last_id()
         if self._config.deliver:  # sync_mode
-            return engine.sender.drain(target, None if timeout is None else engine.clock.boot() + timeout)
+            return engine.sender.drain(target, None if timeout is None else engine.clock.boot() + timeout, tell=True)
         return engine.sender.wait_for_others(target, timeout or 0.0)
 
     @property

@@ -32,7 +32,7 @@ class Reporter:
     """Where a delivery says what happened, always after the commit.  The base class says nothing."""
 
     def failed(self, error: Exception, bodies: Sequence[bytes]) -> None:
-        """The retry budget of these events is used up, or they expired; in `sync_mode` that an attempt failed.
+        """The retry budget of these events is used up, or they expired; where each is to be told, an attempt failed.
 
         `bodies`: joined JSON messages.
         """
@@ -109,14 +109,17 @@ class Delivery:
         self._next_expiry = 0.0
         self._through = 0  # the last event that was delivered here
         self._odd_answer = ""
+        self._tells = False  # of each failed attempt
         self._is_logged = False  # that the retry budget is used up
 
-    def step(self, *, hurry: bool = False, within: float | None = None) -> Step:
+    def step(self, *, hurry: bool = False, within: float | None = None, tell: bool = False) -> Step:
         """Do one thing.  Raises `OutboxError` if the outbox fails; the next step then takes up where this one was.
 
         `hurry`: go before the end of a backoff, unless the receiver asked for it.  `within`: in the place of the
-        `timeout` setting, if it is less.
+        `timeout` setting, if it is less.  `tell`: report each attempt that fails, and not only that which uses up the
+        retry budget.
         """
+        self._tells = tell
         if self._delivered is not None:
             return self._ack(self._delivered)
         if self._failure is not None:
@@ -315,13 +318,13 @@ class Delivery:
         self._cuts = [last for _, last in self._work]
         self._drop()
         is_first = after.reported and not before.reported
-        # Logged once by each process: who has restarted it to mend that would take silence for success.
+        # Logged once by each sender: who has restarted the process to mend that would take silence for success.
         if is_first or (after.reported and not self._is_logged):
             self._is_logged = True
             log.error("not delivered, the events stay in the outbox and are tried on: %s", failure.error)
         else:
             log.info("not delivered, will be tried again: %s", failure.error)
-        if is_first or self._config.sync_mode:
+        if is_first or self._tells:
             self._reporter.failed(failure.error, [failure.events])
         wait = max(0.0, after.not_before - self._clock.boot())
         return self._waiting("failed", wait, after)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 __all__ = ["Engine", "Member", "items_of"]
 
 log = get_log("")
+
+_MOVE_PATIENCE = 10.0  # seconds
 
 # What decides where and as whom events are sent: clients that share an outbox must agree on it.
 _MUST_AGREE = (
@@ -145,7 +148,7 @@ class Engine:
         """`sync_mode`: deliver in the calling thread up to the last event, one failed attempt at most."""
         try:
             end = self.clock.boot() + 2 * self.config.timeout
-            return self.sender.drain(self.outbox.last_id(), end)
+            return self.sender.drain(self.outbox.last_id(), end, tell=True)
         except OutboxError as problem:
             if not self.closed:  # by another thread; the event is on disk
                 self._refused(problem)
@@ -195,6 +198,16 @@ class Engine:
 
     def _close_to_events(self) -> None:
         self.closed = True
+
+    def wait_until_closed(self, end: float | None) -> bool:
+        """For what is in here to be with the successor, until `end` (boot clock), which `None` puts off to 10 s."""
+        end = self.clock.boot() + _MOVE_PATIENCE if end is None else end
+        while not self.closed:
+            remaining = end - self.clock.boot()
+            if remaining <= 0:
+                return False
+            self.clock.wait(threading.Event(), min(0.01, remaining))
+        return True
 
     def complain(self, problem: ConfigError | OutboxError) -> None:
         """Tell, once in a while, of what keeps the outbox from being used."""

@@ -30,6 +30,7 @@ _LAST_MOMENT = 0.1  # seconds for idle threads to end, whatever the time: an int
 
 _lock = PatientLock()
 _engines: dict[str, Engine] = {}
+_moving: list[Engine] = []  # of which what waits is on its way into a successor's files
 _pid = os.getpid()
 _is_ready = False  # for a fork, which the thread that has the lock is about to make
 _inherited: list[Any] = []  # what a child must neither use nor let be collected
@@ -108,9 +109,11 @@ def _replace(engine: Engine) -> None:
             if _engines.get(engine.key) is engine:
                 del _engines[engine.key]
             _engines[key] = engine.successor = successor
+            _moving.append(engine)
         try:
             engine.hand_over(successor)
         finally:
+            _moving.remove(engine)
             if is_over and is_new:
                 _end_unless_used(successor)
     except (ConfigError, OutboxError) as problem:  # the next attempt is a little later
@@ -168,7 +171,7 @@ def _notice_fork() -> None:
 
 def _start_anew(*, hooked: bool) -> None:
     """In a forked child: forget what belongs to the parent."""
-    global _lock, _pid, _engines, _unusable, _is_ready
+    global _lock, _pid, _engines, _moving, _unusable, _is_ready
     lock_files, connections = abandon_inherited(), abandon_connections()
     _inherited.append((lock_files, connections, _engines, abandon()))
     for each in connections:
@@ -186,7 +189,7 @@ def _start_anew(*, hooked: bool) -> None:
                 _inherited.append(hold_inherited(path, files))
         except OSError as problem:
             _unusable = _forked_unlocked(path, problem)
-    _engines, _lock, _is_ready = {}, PatientLock(), False
+    _engines, _moving, _lock, _is_ready = {}, [], PatientLock(), False
     _pid = os.getpid()  # last: other threads wait for it
 
 
@@ -214,6 +217,8 @@ def _at_exit() -> None:
     """Deliver what can be delivered in time; the rest stays on disk for the next start."""
     if _pid != os.getpid():
         return
+    for engine in list(_moving):  # where the old files were deleted, what is left there ends with the process
+        engine.wait_until_closed(engine.clock.boot() + engine.config.shutdown_timeout)
     # All at the same time.
     engines = [(each, each.clock.boot() + each.config.shutdown_timeout) for each in list(_engines.values())]
     for engine, end in engines:

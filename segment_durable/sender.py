@@ -138,16 +138,17 @@ class Sender:
             for worker in self._workers:
                 worker.hurry_to(target)
 
-    def drain(self, target: int, end: float | None) -> bool:
+    def drain(self, target: int, end: float | None, *, tell: bool = False) -> bool:
         """Deliver in the calling thread until the event `target` has left, an attempt fails, or `end` (boot clock).
 
+        `tell`: as for `Delivery.step`.
         For `sync_mode`, and for where no thread can be started.  A signal handler can't wait for what it has
         interrupted: there it is False at once.  Raises `OutboxError` if the outbox fails, or has been closed.
         """
         if self._inline_lock.is_owned() or not self._outbox.is_outermost():
             return False
         patience = None if end is None else max(0.0, end - self._clock.boot())
-        return self._alone_inline(patience, lambda: self._deliver_inline(target, end))
+        return self._alone_inline(patience, lambda: self._deliver_inline(target, end, tell))
 
     def _alone_inline(self, timeout: float | None, work: Callable[[], bool]) -> bool:
         """Do that while nobody else delivers in `drain`; False, and nothing is done, if that takes longer to come."""
@@ -176,7 +177,7 @@ class Sender:
                 return
             then()
 
-    def _deliver_inline(self, target: int, end: float | None) -> bool:
+    def _deliver_inline(self, target: int, end: float | None, tell: bool) -> bool:
         if self._closed:
             raise OutboxBusy("the outbox has been closed")
         self._inline_ends = False
@@ -189,7 +190,7 @@ class Sender:
                 within = None if end is None else end - now
                 if within is not None and within <= 0:
                     return False
-                step = delivery.step(hurry=True, within=within)
+                step = delivery.step(hurry=True, within=within, tell=tell)
                 self.note(step, now)
                 if step.kind == "leased" and now < patience:
                     self._clock.wait(threading.Event(), 0.01)

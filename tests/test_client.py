@@ -11,7 +11,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -481,9 +481,14 @@ def test_starting_and_stopping_from_many_threads_at_once_loses_nothing(
 # -- sync_mode, deliver=False
 
 
-def test_in_sync_mode_on_error_is_told_of_each_attempt_that_failed(make_client: MakeClient, receiver: Receiver) -> None:
+@pytest.mark.parametrize("alone", [True, False], ids=["alone", "beside a client with a sender"])
+def test_in_sync_mode_on_error_is_told_of_each_attempt_that_failed(
+    make_client: MakeClient, receiver: Receiver, alone: bool
+) -> None:
     receiver.always(Answer(503))
     told: list[tuple[Exception, list[str]]] = []
+    if not alone:
+        make_client(upload_interval=3600)
     client = make_client(
         sync_mode=True, on_error=lambda error, items: told.append((error, [each["event"] for each in items]))
     )
@@ -1028,6 +1033,69 @@ def test_puts_while_an_outbox_that_was_moved_away_is_replaced_are_not_lost(
     with contextlib.closing(Outbox(tmp_path / "outbox", SystemClock())) as outbox:
         waiting = {json.loads(row.body)["event"] for row in outbox.rows(0, 1 << 60)}
     assert [name for mine in accepted for name in mine if name not in waiting] == []
+
+
+@pytest.fixture
+def moves(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Set, what waits may be moved to other files."""
+    move_to, may_move = Outbox.move_to, threading.Event()
+
+    def move(self: Outbox, other: Outbox, on_end: Callable[[], None]) -> int:
+        assert may_move.wait(30)
+        return move_to(self, other, on_end)
+
+    monkeypatch.setattr(Outbox, "move_to", move)
+    yield may_move
+    may_move.set()
+
+
+def test_a_flush_waits_for_what_is_just_being_moved(
+    make_client: MakeClient, receiver: Receiver, tmp_path: Path, switch: Callable[[], None], moves: threading.Event
+) -> None:
+    """And does not look at it all the time."""
+    client = make_client(outbox_dir=tmp_path / "current" / "outbox", upload_interval=0)
+    engine = client._live()
+    waits: list[float] = []
+    wait = engine.clock.wait
+    engine.clock.wait = lambda event, seconds: (waits.append(seconds), wait(event, seconds))[1]  # type: ignore[method-assign]
+    switch()
+    assert client.track("u", "e")[0]
+    wait_until(lambda: engine.successor is not None)
+    wait_until(lambda: engine.outbox.pending() == 0)  # it was on its way before
+    waits.clear()
+    assert client.flush(0) is False
+    assert client.flush(0.1) is False
+    assert len(waits) < 100
+    moves.set()
+    assert client.flush(20) is True
+    assert names(receiver) == ["e"]
+
+
+def test_the_exit_waits_for_what_is_just_being_moved(
+    make_client: MakeClient,
+    tmp_path: Path,
+    switch: Callable[[], None],
+    moves: threading.Event,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The old files may have been deleted: what is still in there would end with the process."""
+    client = make_client(deliver=False, outbox_dir=tmp_path / "current" / "outbox")
+    engine = client._live()
+    switch()
+    assert client.track("u", "e")[0]
+    wait_until(lambda: engine.successor is not None)
+    wait_until_closed, ends = engine.wait_until_closed, list[float | None]()
+
+    def wait(end: float | None) -> bool:
+        ends.append(end)
+        moves.set()
+        return wait_until_closed(end)
+
+    monkeypatch.setattr(engine, "wait_until_closed", wait)
+    now = engine.clock.boot()
+    process._at_exit()
+    assert ends == [pytest.approx(now + 5.0, abs=4.0)]
+    assert waiting_events(tmp_path / "new" / "outbox") == ["e"]
 
 
 def test_an_engine_is_closed_before_its_files_take_no_more(
