@@ -31,7 +31,7 @@ _UNUSABLE = (
 )
 
 
-# Python raises the second where the text of an error quotes a schema that is not UTF-8.
+# Python raises the second where the text of an error quotes a schema that is not UTF-8; 3.10 the first, without a text.
 SQLITE_PROBLEMS = (sqlite3.Error, UnicodeError)
 
 
@@ -39,7 +39,8 @@ def storage_error(problem: Exception) -> StorageError:
     """`problem` is one of `SQLITE_PROBLEMS`."""
     text = str(problem)
     code = "SQLITE_CORRUPT" if text.startswith(_UNUSABLE) else _CODES.get(text, "SQLITE_ERROR")
-    if isinstance(problem, UnicodeError) or text.startswith("Could not decode"):  # which quotes what it can't decode
+    # The last quotes what it can't decode.
+    if isinstance(problem, UnicodeError) or not text or text.startswith("Could not decode"):
         text, code = "there is text that is not UTF-8", "SQLITE_CORRUPT"
     return StorageError(f"the outbox can't be used: {text}", code)
 

@@ -112,7 +112,7 @@ class Reader:
     def _unreadable(self, problem: Exception) -> OutboxUnavailable:
         text = str(problem)
         if is_damage(storage_error(problem)):
-            reason = "there is text that is not UTF-8" if isinstance(problem, UnicodeError) else text
+            reason = "there is text that is not UTF-8" if isinstance(problem, UnicodeError) or not text else text
             return NotAnOutbox(self._path, f"is damaged or not an outbox ({reason})")
         if text == "unable to open database file" and not may(os.W_OK, self.folder):
             text += "; with a WAL it needs the shared memory of a running process, or the right to write in the folder"
