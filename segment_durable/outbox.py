@@ -426,7 +426,10 @@ class Outbox:
                 connection.execute("DELETE FROM event WHERE id <= ?", (found[-1][0],))
                 end_without_last(connection)
                 count(connection, "erased = erased + ?, last_id = max(last_id, ?)", (len(found), found[-1][0]))
+                is_waited_for = self.db.lock.is_waited_for()
             moved += len(found)
+            if is_waited_for:  # by another process, which has the old files open
+                self.db.lock.give_way()
 
     # -- dead letters
 

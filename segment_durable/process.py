@@ -76,6 +76,10 @@ def detach(engine: Engine, member: Member, timeout: float) -> bool:
 
     Whether the threads ended within `timeout` seconds.
     """
+    end = engine.clock.boot() + timeout
+    for each in list(_moving):
+        if each.latest is engine.latest:
+            each.wait_until_closed(end)  # or what is on its way into the files that are to be closed would not come in
     try:
         with _lock:
             engine = engine.latest  # of which the client may not know yet
@@ -83,7 +87,7 @@ def detach(engine: Engine, member: Member, timeout: float) -> bool:
                 return True
             if _engines.get(engine.key) is engine:
                 del _engines[engine.key]
-        ended = engine.close(timeout)
+        ended = engine.close(max(0.0, end - engine.clock.boot()))
     except BaseException:  # a signal handler's: nobody else knows of the engine any more, and its threads would stay
         if _engines.get(engine.key) is not engine:
             engine.close(0.0)
@@ -139,6 +143,8 @@ def _before_fork() -> None:
     global _is_ready
     _notice_fork()
     if not (_is_ready and _lock.is_owned()):  # by another thread's fork, that is
+        for engine in list(_moving):  # its files can't be opened again
+            engine.wait_until_closed(None)
         _lock.wait()
         for each in living_connections():
             each.suspend()
@@ -217,10 +223,13 @@ def _at_exit() -> None:
     """Deliver what can be delivered in time; the rest stays on disk for the next start."""
     if _pid != os.getpid():
         return
-    for engine in list(_moving):  # where the old files were deleted, what is left there ends with the process
-        engine.wait_until_closed(engine.clock.boot() + engine.config.shutdown_timeout)
     # All at the same time.
-    engines = [(each, each.clock.boot() + each.config.shutdown_timeout) for each in list(_engines.values())]
+    moving, engines = (
+        [(each, each.clock.boot() + each.config.shutdown_timeout) for each in which]
+        for which in (list(_moving), list(_engines.values()))
+    )
+    for engine, end in moving:  # where the old files were deleted, what is left there ends with the process
+        engine.wait_until_closed(end)
     for engine, end in engines:
         if engine.delivers and end > engine.clock.boot():
             engine.sender.hurry()
@@ -235,6 +244,7 @@ def _at_exit() -> None:
             if engine.successor is None:
                 log.error("at exit: %s", problem)
         if engine.successor is not None and not any(each is engine.successor for each, _ in engines):  # since just now
+            engine.wait_until_closed(end)
             engines.append((engine.successor, end))
         if _engines.get(engine.key) is engine:
             del _engines[engine.key]  # a thread that goes on gets another one

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import dataclasses
 import gzip
 import http.client
 import json
@@ -635,6 +636,11 @@ def test_whether_the_events_were_taken_may_be_another_thing_than_the_status(
     receiver.script(Answer(status, taken=taken))
     assert post(receiver)[0] == status
     assert len(receiver.events) == taken
+
+
+def test_a_copy_of_an_answer_with_another_status_is_taken_as_that_says() -> None:
+    answer = Answer(200)
+    assert (answer.is_taken, dataclasses.replace(answer, status=503).is_taken) == (True, False)
 
 
 def test_an_answer_can_close_the_connection(receiver: Receiver) -> None:

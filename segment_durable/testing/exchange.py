@@ -52,10 +52,13 @@ class Exchange:
             fault = self._refusal(fault) or Honest()
         if isinstance(fault, Honest):
             answer = self.decide()
-            self._settle(answer.status, taken=bool(answer.taken))
+            self._settle(answer.status, taken=answer.is_taken)
             return answer
-        wanted = fault.after if isinstance(fault, Drop) else fault.taken
-        self._settle(fault.status if isinstance(fault, Answer) else None, taken=bool(wanted and self.decide().taken))
+        if isinstance(fault, Answer):
+            status, wanted = fault.status, fault.is_taken
+        else:
+            status, wanted = None, fault.after if isinstance(fault, Drop) else fault.taken
+        self._settle(status, taken=wanted and self.decide().is_taken)
         if isinstance(fault, Hang):
             self.inbox.pause(self._releases, fault.seconds, closing)
         return fault

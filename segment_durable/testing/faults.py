@@ -37,13 +37,16 @@ class Answer:
     def __post_init__(self) -> None:
         if not 200 <= self.status <= 999:
             raise ValueError(f"status must be from 200 to 999, not {self.status}")
-        if self.taken is None:
-            object.__setattr__(self, "taken", self.status < 300)
         for name, value in self.headers.items():
             if any(character in f"{name}{value}" for character in "\r\n"):
                 raise ValueError(f"the header {name!r} must be one line")
             f"{name}{value}".encode("latin-1")
         self.payload()
+
+    @property
+    def is_taken(self) -> bool:
+        """`taken`, or what the status says."""
+        return self.status < 300 if self.taken is None else self.taken
 
     def payload(self) -> bytes:
         """The body as it is sent."""

@@ -31,11 +31,12 @@ for path in sys.stdin:
     fd = os.open(path.rstrip("\\n"), os.O_RDWR)
     try:
         fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 2, 0)  # and the mark of who waits for it
-        print("free", flush=True)
+        found = "free"
     except OSError:
-        print("locked", flush=True)
+        found = "locked"
     finally:
-        os.close(fd)
+        os.close(fd)  # first: whoever is told must not find it locked by this process
+    print(found, flush=True)
 """
 
 
