@@ -95,6 +95,11 @@ class Connections:
         return self.lock.is_at(self.path.with_name(LOCK_NAME))
 
     @property
+    def is_adrift(self) -> bool:
+        """Whether they were closed, around a fork, and where they led to there are other files now."""
+        return self._connection is None and self.files is not None and not self.is_in_place()
+
+    @property
     def is_writing(self) -> bool:
         """Whether a transaction is open; under the mutex, and so it is this thread's own."""
         return self._connection is not None and self._connection.in_transaction
@@ -144,6 +149,14 @@ class Connections:
         self._retired = True
         self.generation = -1  # so that the next who writes looks
 
+    def _check_place(self) -> None:
+        """Raise `StorageError` where the path leads to other files: those belong to another lock."""
+        if self.files is not None and not self.is_in_place():
+            raise StorageError(
+                f"the files of {self.path.parent} were deleted or renamed, or a link in its path was changed",
+                "SQLITE_CANTOPEN",
+            )
+
     # -- another database
 
     def replace(self, problem: StorageError, generation: int) -> None:
@@ -165,6 +178,7 @@ class Connections:
 
     def _set_aside(self) -> str:
         """Under the writer lock.  The connections to the damaged database stay open until it is not there any more."""
+        self._check_place()
         name = self._damage.set_aside()
         current, self._connection = self._connection, None
         self._hold(current)
@@ -312,6 +326,11 @@ class Connections:
         if self._closed or self._retired:
             raise StorageError("the outbox has been closed", "SQLITE_MISUSE")
         self.lock.acquire(WRITE_TIMEOUT)
+        try:
+            self._check_place()
+        except BaseException:
+            self.lock.release()
+            raise
         old, self._connection = self._connection, None
         old_files = set(self.files or ())
         connection = None

@@ -130,6 +130,7 @@ class Engine:
         except OutboxError as problem:
             if self.closed:
                 return None
+            self.upkeep.written()  # the files may be in another place, which it looks for
             self._refused(problem, body)
             return False
         if not accepted:
@@ -179,16 +180,18 @@ class Engine:
         Raises `OutboxError` if that fails: then this one is as it was, but for being closed to new events.
         """
         moved = 0
+        db = self.outbox.db
+        is_adrift = db.connections.is_adrift
         try:
-            if not self.outbox.db.is_same_as(successor.outbox.db):
+            if not is_adrift and not db.is_same_as(successor.outbox.db):
                 # Not before all has been moved: an event that went straight to the successor would come before others.
                 moved = self.outbox.move_to(successor.outbox, self._close_to_events)
         finally:
             self._close_to_events()
         told = OutboxUnavailable(
             self.outbox.db.folder,
-            "was deleted or renamed while it was in use, or a link in its path was changed: there is a new one, with "
-            f"the {moved} events that waited",
+            "was deleted or renamed while it was in use, or a link in its path was changed: there is a new one, "
+            + ("without what waited, for a fork came between" if is_adrift else f"with the {moved} events that waited"),
         )
         log.error("%s", told)
         successor.reporter.call_on_error(told, [])

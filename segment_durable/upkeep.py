@@ -101,7 +101,8 @@ class Upkeep:
 
     def _turn(self) -> float:
         """Seconds until all of it is to be done again, 0: when something was written."""
-        if not self._sync() or not self._look_for_files():
+        is_synced = self._sync()
+        if not self._look_for_files() or not is_synced:
             return SYNC_SECONDS
         if self._ending.is_set():
             return 0.0

@@ -1098,6 +1098,51 @@ def test_the_exit_waits_for_what_is_just_being_moved(
     assert waiting_events(tmp_path / "new" / "outbox") == ["e"]
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_what_the_path_leads_to_after_a_fork_is_not_written_under_the_old_lock(
+    make_client: MakeClient, tmp_path: Path, switch: Callable[[], None]
+) -> None:
+    """The fork closes the files; what is opened then may be others, and belongs to another lock."""
+    told: list[Exception] = []
+    client = make_client(
+        deliver=False,
+        outbox_dir=tmp_path / "current" / "outbox",
+        on_error=lambda problem, _: told.append(problem),
+    )
+    assert client.track("u", "before")[0]
+    engine = client._live()
+    engine.upkeep.stop(10)  # it is not noticed before the fork
+    switch()
+    make_client(deliver=False, outbox_dir=tmp_path / "new" / "outbox").shutdown(0)
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert client.track("u", "after")[0] is False
+    assert waiting_events(tmp_path / "new" / "outbox") == []
+    assert type(told[0]) is StorageError
+    process._replace(engine)
+    assert client.track("u", "later")[0]
+    assert "without what waited, for a fork came between" in str(told[-1])
+    assert waiting_events(tmp_path / "new" / "outbox") == ["later"]
+
+
+def test_a_damaged_database_has_none_set_aside_that_its_path_leads_to_by_then(
+    make_client: MakeClient, tmp_path: Path, switch: Callable[[], None]
+) -> None:
+    client = make_client(deliver=False, outbox_dir=tmp_path / "current" / "outbox")
+    engine = client._live()
+    engine.upkeep.stop(10)
+    connections = engine.outbox.db.connections
+    switch()
+    other = make_client(deliver=False, outbox_dir=tmp_path / "new" / "outbox")
+    assert other.track("u", "of another")[0]
+    with pytest.raises(StorageError, match="were deleted or renamed, or a link in its path was changed"):
+        connections.replace(StorageError("damaged", "SQLITE_CORRUPT"), connections.generation)
+    assert waiting_events(tmp_path / "new" / "outbox") == ["of another"]
+    assert not list((tmp_path / "new" / "outbox").glob("*damaged*"))
+
+
 def test_an_engine_is_closed_before_its_files_take_no_more(
     make_client: MakeClient, tmp_path: Path, switch: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
