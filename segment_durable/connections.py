@@ -325,12 +325,8 @@ class Connections:
         """Connect, under the mutex; create or check the schema, which takes the writer lock."""
         if self._closed or self._retired:
             raise StorageError("the outbox has been closed", "SQLITE_MISUSE")
+        self._check_place()
         self.lock.acquire(WRITE_TIMEOUT)
-        try:
-            self._check_place()
-        except BaseException:
-            self.lock.release()
-            raise
         old, self._connection = self._connection, None
         old_files = set(self.files or ())
         connection = None

@@ -12,7 +12,6 @@ whatever number of outboxes and clients refers to it, and nothing else ever open
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import random
 import stat
@@ -22,6 +21,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from segment_durable.byte_locks import TAKEN, above_stderr, locker, try_lock, unlocker
 from segment_durable.errors import OutboxBusy, OutboxUnavailable, StorageError
 from segment_durable.threads import PatientLock
 
@@ -36,64 +36,6 @@ _FIRST_SLOT, _LAST_SLOT = 1 << 10, 1 << 30
 # measured with eight writers at full speed it is no less fair (slowest 0.91 of the fastest, 31 ms worst wait; blocking:
 # 0.78 and 97 ms).
 _SHORT_NAP, _LONG_NAP, _SHORT_NAPS = 0.000_05, 0.001, 40
-
-try:
-    import fcntl
-except ModuleNotFoundError:  # Windows; not where it can't be loaded just now
-    import msvcrt
-
-    def _lock(fd: int, byte: int) -> None:
-        os.lseek(fd, byte, os.SEEK_SET)
-        try:
-            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined, unused-ignore]
-        except OSError as problem:
-            if problem.errno in (errno.EACCES, errno.EDEADLK):
-                raise BlockingIOError(errno.EAGAIN, "locked by another process") from problem
-            raise
-
-    def _unlock(fd: int, byte: int) -> None:
-        os.lseek(fd, byte, os.SEEK_SET)
-        msvcrt.locking(fd, msvcrt.LK_UNLCK, 1)  # type: ignore[attr-defined, unused-ignore]
-
-    def _above_stderr(fd: int) -> int:
-        return fd
-
-    def _locker(fd: int, byte: int) -> Callable[[], None]:
-        return partial(_lock, fd, byte)
-
-    def _unlocker(fd: int, byte: int) -> Callable[[], None]:
-        return partial(_unlock, fd, byte)
-
-else:
-
-    def _above_stderr(fd: int) -> int:
-        """The same file under a number of its own: where stdout was closed it has that one's, and is printed to."""
-        if fd > 2:
-            return fd
-        try:
-            return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
-        finally:
-            os.close(fd)
-
-    # What is called for each put goes straight to the system.
-
-    def _locker(fd: int, byte: int) -> Callable[[], None]:
-        return partial(fcntl.lockf, fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
-
-    def _unlocker(fd: int, byte: int) -> Callable[[], None]:
-        return partial(fcntl.lockf, fd, fcntl.LOCK_UN, 1, byte)
-
-
-_TAKEN = (BlockingIOError, PermissionError)  # by another process; POSIX allows EACCES in the place of EAGAIN
-
-
-def _try_lock(fd: int, byte: int) -> bool:
-    """Lock that byte; False if another process has it.  Raises `OSError` for any other reason."""
-    try:
-        _locker(fd, byte)()
-    except _TAKEN:
-        return False
-    return True
 
 
 class LockFile:
@@ -119,9 +61,9 @@ class LockFile:
         self._kept_gate = False  # the thread that has the mutex has the gate, too
         self._depth = 0
         self._has_file = False
-        self._lock_file = _locker(fd, _WRITER)
-        self._unlock_file = _unlocker(fd, _WRITER)
-        self._lock_waiting, self._unlock_waiting = _locker(fd, _WAITING), _unlocker(fd, _WAITING)
+        self._lock_file = locker(fd, _WRITER)
+        self._unlock_file = unlocker(fd, _WRITER)
+        self._lock_waiting, self._unlock_waiting = locker(fd, _WAITING), unlocker(fd, _WAITING)
         # Which database the outbox is, as a number that grows with each that takes another's place: the length of the
         # file, because looking at that is the cheapest thing that all processes can do before a write.
         self.generation: Callable[[], int] = partial(os.lseek, fd, 0, os.SEEK_END)
@@ -144,7 +86,7 @@ class LockFile:
                     raise OutboxUnavailable(path, "is in the place of the lock file and is no file")
             except FileNotFoundError:
                 pass
-            fd = _above_stderr(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600))
+            fd = above_stderr(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600))
             try:
                 made = cls(fd)
                 found = os.fstat(fd)
@@ -235,7 +177,7 @@ class LockFile:
                     raise OutboxBusy("the outbox has been closed")
                 try:
                     self._lock_file()
-                except _TAKEN:
+                except TAKEN:
                     self._wait_for_writer(timeout)
                 self._has_file = True
         except BaseException as problem:
@@ -296,9 +238,9 @@ class LockFile:
             return token in self.held
         if not _FIRST_SLOT <= slot < _LAST_SLOT:  # which no process has: what was stored was damaged
             return False
-        if not _try_lock(self._fd, slot):
+        if not try_lock(self._fd, slot):
             return True
-        _unlocker(self._fd, slot)()
+        unlocker(self._fd, slot)()
         return False
 
     def is_waited_for(self) -> bool:
@@ -308,7 +250,7 @@ class LockFile:
                 self._lock_waiting()
             finally:  # whatever a signal handler raises
                 self._unlock_waiting()
-        except _TAKEN:
+        except TAKEN:
             return True
         except OSError as problem:
             if problem.errno is None:  # a signal handler's TimeoutError
@@ -327,12 +269,12 @@ class LockFile:
         end = time.monotonic() + timeout
         naps, is_marked = 0, False
         try:
-            while not _try_lock(self._fd, _WRITER):
+            while not try_lock(self._fd, _WRITER):
                 if time.monotonic() > end:
                     raise OutboxBusy(f"another process has been writing to the outbox for {timeout:g} s")
                 naps += 1
                 if naps >= _SHORT_NAPS and not is_marked:
-                    is_marked = _try_lock(self._fd, _WAITING)
+                    is_marked = try_lock(self._fd, _WAITING)
                 time.sleep(_SHORT_NAP if naps < _SHORT_NAPS else _LONG_NAP)
         finally:
             if naps >= _SHORT_NAPS:
@@ -346,7 +288,7 @@ class LockFile:
         chance = random.SystemRandom()
         while True:
             slot = chance.randrange(_FIRST_SLOT, _LAST_SLOT)
-            if _try_lock(self._fd, slot):
+            if try_lock(self._fd, slot):
                 return slot
 
 

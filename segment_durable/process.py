@@ -224,10 +224,7 @@ def _at_exit() -> None:
     if _pid != os.getpid():
         return
     # All at the same time.
-    moving, engines = (
-        [(each, each.clock.boot() + each.config.shutdown_timeout) for each in which]
-        for which in (list(_moving), list(_engines.values()))
-    )
+    moving, engines = _with_ends(list(_moving)), _with_ends(list(_engines.values()))
     for engine, end in moving:  # where the old files were deleted, what is left there ends with the process
         engine.wait_until_closed(end)
     for engine, end in engines:
@@ -249,6 +246,10 @@ def _at_exit() -> None:
         if _engines.get(engine.key) is engine:
             del _engines[engine.key]  # a thread that goes on gets another one
         engine.close(max(_LAST_MOMENT, end - engine.clock.boot()))
+
+
+def _with_ends(engines: list[Engine]) -> list[tuple[Engine, float]]:
+    return [(each, each.clock.boot() + each.config.shutdown_timeout) for each in engines]
 
 
 atexit.register(_at_exit)

@@ -1004,6 +1004,13 @@ def test_what_can_be_moved_only_after_the_shutdown_leaves_no_engine_behind(
     assert waiting_events(tmp_path / "new" / "outbox") == ["e"]
 
 
+def move_away(tmp_path: Path, told: list[str], times: int) -> None:
+    """Rename the outbox's folder under its process, as often, each time after that was told."""
+    for number in range(1, times + 1):
+        (tmp_path / "outbox").rename(tmp_path / f"elsewhere-{number}")
+        wait_until(lambda number=number: sum("was deleted" in each for each in told) == number)  # type: ignore[misc]
+
+
 def test_puts_while_an_outbox_that_was_moved_away_is_replaced_are_not_lost(
     make_client: MakeClient, tmp_path: Path
 ) -> None:
@@ -1023,9 +1030,7 @@ def test_puts_while_an_outbox_that_was_moved_away_is_replaced_are_not_lost(
     threads = [threading.Thread(target=work, args=(mine,)) for mine in accepted]
     for thread in threads:
         thread.start()
-    for number in range(1, 4):
-        (tmp_path / "outbox").rename(tmp_path / f"elsewhere-{number}")
-        wait_until(lambda number=number: sum("was deleted" in each for each in told) == number)  # type: ignore[misc]
+    move_away(tmp_path, told, 3)
     end.set()
     for thread in threads:
         thread.join(30)
@@ -1183,9 +1188,7 @@ def test_an_outbox_that_was_moved_away_keeps_the_order_of_a_process(
     threads = [threading.Thread(target=work, args=(mine,)) for mine in range(len(counts))]
     for thread in threads:
         thread.start()
-    for number in range(1, 5):
-        (tmp_path / "outbox").rename(tmp_path / f"elsewhere-{number}")
-        wait_until(lambda number=number: sum("was deleted" in each for each in told) == number)  # type: ignore[misc]
+    move_away(tmp_path, told, 4)
     end.set()
     for thread in threads:
         thread.join(30)

@@ -130,6 +130,7 @@ def test_a_filesystem_without_locks(
         raise OSError(37, "No locks available")
 
     with monkeypatch.context() as patch:
-        patch.setattr("segment_durable.locks._locker", lambda fd, byte: refuse)
+        for module in ("byte_locks", "locks"):
+            patch.setattr(f"segment_durable.{module}.locker", lambda fd, byte: refuse)
         assert "No locks available" in refusal(make_client, tmp_path / "outbox")
     assert make_client(outbox_dir=tmp_path / "outbox").track("u", "e")[0]

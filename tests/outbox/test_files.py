@@ -608,7 +608,7 @@ def test_being_refused_leaves_no_descriptor(
         raise OSError(37, "No locks available")
 
     with monkeypatch.context() as patch:
-        patch.setattr("segment_durable.locks._try_lock", refuse)
+        patch.setattr("segment_durable.locks.try_lock", refuse)
         with pytest.raises(OutboxUnavailable, match="No locks available"):
             outbox_factory()
     assert descriptors() == before

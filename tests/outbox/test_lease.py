@@ -500,7 +500,7 @@ def test_lock_errors_other_than_taken_are_not_mistaken_for_a_living_holder(
         raise OSError(errno.ENOLCK, "No locks available")
 
     with monkeypatch.context() as patch:
-        patch.setattr("segment_durable.locks._try_lock", busy)
+        patch.setattr("segment_durable.locks.try_lock", busy)
         with pytest.raises(Exception, match="lock"):
             outbox.lease(1, 60)
     assert isinstance(outbox.lease(1, 60), Lease)
